@@ -1,0 +1,85 @@
+"""Capture overhead: all residuals of SmolLM2-135M to disk, against a plain forward.
+
+Both compute the same layers of the same batches. The capture's time is the whole call: tokens
+written to the spool, weights hashed for the identity, the sites resolved, rows cast to bfloat16,
+checksummed, written and fsynced. Goal: at most 1.05 times the plain forward.
+"""
+
+import shutil
+import statistics
+from functools import partial
+
+import torch
+from measure import arguments, compare, place, show, timed
+
+import lamina as lm
+from lamina.demo import load_model
+
+BATCH, LENGTH = 8, 128
+
+
+def main() -> None:
+    """Measure and print."""
+    options = arguments(__doc__)
+    prompts = 256 if options.full else 64
+    model, _ = load_model()
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(5, 40_000, (prompts, LENGTH), generator=generator)
+
+    def forward() -> None:
+        mask = torch.ones(BATCH, LENGTH, dtype=torch.int64)
+        position_ids = torch.arange(LENGTH).expand(BATCH, LENGTH)
+        with torch.no_grad():
+            for batch in ids.split(BATCH):
+                model.model(
+                    input_ids=batch, attention_mask=mask, position_ids=position_ids, use_cache=False
+                )
+
+    with place(options.directory) as folder:
+
+        def capture(layers: str) -> None:
+            lm.capture(
+                model,
+                list(ids),
+                f"model.layers[{layers}].output",
+                to=folder / "acts",
+                batch_size=BATCH,
+                dtype="bfloat16",
+                progress=False,
+            )
+            shutil.rmtree(folder / "acts")
+
+        cases = {
+            "plain forward": timed(forward),
+            "capture, all 30 layers": timed(partial(capture, ":")),
+            "capture, last layer alone": timed(partial(capture, "29")),
+        }
+        seconds = compare(cases, options.rounds or (5 if options.full else 3))
+
+    plain = seconds["plain forward"]
+    stored = {"plain forward": 0, "capture, all 30 layers": 30, "capture, last layer alone": 1}
+    rows = []
+    for name, taken in seconds.items():
+        median = statistics.median(taken)
+        overhead = statistics.median(own / base for own, base in zip(taken, plain, strict=True))
+        mebibytes = stored[name] * prompts * LENGTH * 576 * 2 / 2**20
+        rows.append(
+            [
+                name,
+                f"{median:.2f}",
+                f"{prompts * LENGTH / median:.0f}",
+                f"{mebibytes:.0f}",
+                f"{overhead:.3f}×",
+            ]
+        )
+    show(
+        "Capture overhead",
+        ["", "s", "tokens/s", "MiB stored", "time / plain forward"],
+        rows,
+        f"{prompts} prompts of {LENGTH} tokens, batches of {BATCH}, float32 weights, "
+        f"{torch.get_num_threads()} threads, medians of {len(plain)} rounds. Goal ≤ 1.05×.",
+    )
+
+
+if __name__ == "__main__":
+    main()
