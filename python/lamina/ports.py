@@ -20,6 +20,7 @@ __all__ = [
     "Branch",
     "Leaf",
     "Opaque",
+    "Selector",
     "Structure",
     "Value",
     "argument",
@@ -32,6 +33,7 @@ __all__ = [
     "pick",
     "places",
     "replaced",
+    "split_argument",
     "with_argument",
 ]
 
@@ -205,6 +207,13 @@ def argument(
         place = names.index(name)
         return place, args[place]
     return None
+
+
+def split_argument(selectors: tuple[Selector, ...]) -> tuple[str | None, tuple[Selector, ...]]:
+    """Return which argument an input port's selectors name (None: the first), and the rest."""
+    if selectors and isinstance(selectors[0], str):
+        return selectors[0], selectors[1:]
+    return None, selectors
 
 
 def with_argument(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from contextlib import ExitStack, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 from lamina import forward, ports
@@ -152,7 +153,7 @@ class Recorder:
 
         def hook(_module: torch.nn.Module, _args: object, output: object) -> None:
             for number, site in seen.due(name, "output", numbers):
-                seen.take(number, site, lambda site=site: ports.pick(output, site.elements))
+                seen.take(number, site, partial(ports.pick, output, site.elements))
 
         return hook
 
@@ -164,14 +165,14 @@ class Recorder:
 
         def hook(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             for number, site in seen.due(name, "input", numbers):
-                seen.take(number, site, lambda site=site: given(site, args, kwargs))
+                seen.take(number, site, partial(given, site, args, kwargs))
 
         def given(site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
-            named = site.elements[:1] if isinstance((*site.elements, 0)[0], str) else ()
-            found = ports.argument(parameters, args, kwargs, str(named[0]) if named else None)
+            named, elements = ports.split_argument(site.elements)
+            found = ports.argument(parameters, args, kwargs, named)
             if found is None:
                 raise LookupError("the module is not given this argument")
-            return ports.pick(found[1], site.elements[len(named) :])
+            return ports.pick(found[1], elements)
 
         return hook
 

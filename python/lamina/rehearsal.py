@@ -32,7 +32,7 @@ class Inputs:
     """The arguments of one call: the one that `.input` stands for, and each by its name."""
 
     first: ports.Structure
-    named: dict[str, ports.Structure]
+    named: dict[ports.Selector, ports.Structure]
 
 
 @dataclass
@@ -58,7 +58,9 @@ class Rehearsal:
     position_ids: bool
 
 
-def rehearse(model: object, wanted: set[tuple[str, str]]) -> Rehearsal:
+def rehearse(
+    model: object, wanted: set[tuple[str, str]], *, position_ids: bool = True
+) -> Rehearsal:
     """Run the tiny forwards.
 
     An nnsight model runs with its edits; where these fail on so few tokens, without them.
@@ -66,6 +68,7 @@ def rehearse(model: object, wanted: set[tuple[str, str]]) -> Rehearsal:
     Args:
         model: The model, as the caller gave it.
         wanted: The (module, port) pairs whose structure is to be kept; order is kept for all.
+        position_ids: Whether to find out if the forward takes position ids.
     """
     module = forward.unwrap(model)
     with forward.quiet(module):
@@ -75,8 +78,8 @@ def rehearse(model: object, wanted: set[tuple[str, str]]) -> Rehearsal:
             if not tracing.has_edits(model):
                 raise
             runs = tuple(_run(module, module, size, wanted) for size in SIZES)
-        position_ids = _counts_from_zero(module)
-    return Rehearsal((runs[0], runs[1]), position_ids)
+        counts = position_ids and _counts_from_zero(module)
+    return Rehearsal((runs[0], runs[1]), counts)
 
 
 def tiny_ids(module: torch.nn.Module, prompts: int, tokens: int) -> NDArray[np.int64]:

@@ -68,10 +68,19 @@ class Site:
 
 @dataclass(frozen=True)
 class Target:
-    """A site with the position its path gave (None where it gave none)."""
+    """A site with a position, as one path named it.
+
+    Attributes:
+        site: The site.
+        position: The position that the path carries; None if it carries none.
+        given: The text of the path or pattern, as the caller gave it.
+        order: When the model computes it; compares with that of other targets.
+    """
 
     site: Site
     position: int | slice | list[int] | None
+    given: str
+    order: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -109,6 +118,7 @@ def resolve(model: object, sites: str | Path | Sequence[str | Path]) -> Resolved
         PositionError: The paths carry different positions.
     """
     targets, rehearsal = locate(model, sites)
+    targets.sort(key=lambda target: target.order)
     first = targets[0]
     for target in targets[1:]:
         if parse_positions(target.position) != parse_positions(first.position):
@@ -127,11 +137,16 @@ def resolve(model: object, sites: str | Path | Sequence[str | Path]) -> Resolved
 
 
 def locate(
-    model: object, paths: str | Path | Iterable[str | Path]
+    model: object, paths: str | Path | Iterable[str | Path], *, position_ids: bool = True
 ) -> tuple[list[Target], Rehearsal]:
-    """Find the targets that paths and patterns stand for, in execution order.
+    """Find the targets that paths and patterns stand for, in the order in which they are given.
 
     Positions may differ. A target is listed as often as the paths name it.
+
+    Args:
+        model: The model.
+        paths: Paths or patterns.
+        position_ids: Whether to find out if the forward takes position ids (more tiny forwards).
     """
     texts = [paths] if isinstance(paths, str | Path) else list(paths)
     if not texts:
@@ -139,12 +154,11 @@ def locate(
     module = forward.unwrap(model)
     modules = dict(module.named_modules(remove_duplicate=False))
     tree = ModuleTree(list(modules))
-    concrete = [path for text in texts for path in _expand(tree, text)]
-    _refuse_shared(modules, dict(module.named_modules()), concrete)
-    rehearsal = rehearse(model, {(path.module, path.port) for path in concrete})
-    found = [_target(path, module, modules, rehearsal) for path in concrete]
-    found.sort(key=lambda item: item[0])
-    return [target for _, target in found], rehearsal
+    concrete = [(str(text), path) for text in texts for path in _expand(tree, text)]
+    _refuse_shared(modules, dict(module.named_modules()), [path for _, path in concrete])
+    wanted = {(path.module, path.port) for _, path in concrete}
+    rehearsal = rehearse(model, wanted, position_ids=position_ids)
+    return [_target(given, path, module, modules, rehearsal) for given, path in concrete], rehearsal
 
 
 def _expand(tree: ModuleTree, text: str | Path) -> list[Path]:
@@ -171,8 +185,12 @@ def _refuse_shared(
 
 
 def _target(
-    path: Path, module: torch.nn.Module, modules: dict[str, torch.nn.Module], rehearsal: Rehearsal
-) -> tuple[tuple[int, ...], Target]:
+    given: str,
+    path: Path,
+    module: torch.nn.Module,
+    modules: dict[str, torch.nn.Module],
+    rehearsal: Rehearsal,
+) -> Target:
     key = (path.module, path.port, _call(path))
     if any(key not in run.seen for run in rehearsal.runs):
         raise SiteError(_unreached(path, module, modules, rehearsal))
@@ -183,7 +201,7 @@ def _target(
     shape, flat = _axes(site_path, first, second)
     elements = path.elements[:used]
     site = Site(site_path, path.module, path.port, _call(path), elements, shape, first.dtype, flat)
-    return (rehearsal.runs[0].order[key], *place), Target(site, position)
+    return Target(site, position, given, (rehearsal.runs[0].order[key], *place))
 
 
 def _element(path: Path, seen: Structure | Inputs) -> tuple[int, Leaf, list[int]]:
@@ -194,7 +212,7 @@ def _element(path: Path, seen: Structure | Inputs) -> tuple[int, Leaf, list[int]
         if selectors and isinstance(selectors[0], str):
             name = selectors[0]
             if name not in seen.named:
-                listed = ports.listing(ports.Branch("arguments", dict(seen.named)), port)
+                listed = ports.listing(ports.Branch("arguments", seen.named), port)
                 raise SiteError(f"`{path}`: the module is not given `{name}`; it is given {listed}")
             structure, used, place = seen.named[name], 1, [list(seen.named).index(name)]
             port = f"{port}.{name}"
@@ -213,7 +231,7 @@ def _element(path: Path, seen: Structure | Inputs) -> tuple[int, Leaf, list[int]
     if isinstance(structure, ports.Branch):
         raise SiteError(f"{text} is a {structure}: {ports.listing(structure, reached)}; name one")
     if isinstance(seen, Inputs) and port == path.port and seen.named:
-        listed = ports.listing(ports.Branch("arguments", dict(seen.named)), port)
+        listed = ports.listing(ports.Branch("arguments", seen.named), port)
         raise SiteError(f"{text} is {structure}, not a tensor; the module is given {listed}")
     raise SiteError(f"{text} is {structure}, not a tensor")
 
