@@ -10,10 +10,10 @@ import statistics
 from functools import partial
 
 import torch
-from measure import arguments, compare, place, show, timed
 
 import lamina as lm
 from lamina.demo import load_model
+from measure import arguments, compare, place, show, timed
 
 BATCH, LENGTH = 8, 128
 

@@ -8,11 +8,11 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from measure import arguments, compare, place, ratios, show, timed
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
 import lamina as lm
+from measure import arguments, compare, place, ratios, show, timed
 
 ROWS, WIDTH = 64, 32
 

@@ -7,9 +7,9 @@ times as fast.
 import statistics
 
 import numpy as np
-from measure import arguments, compare, place, ratios, show, timed
 
 import lamina as lm
+from measure import arguments, compare, place, ratios, show, timed
 
 SITE, WIDTH = "model.layers[0].output", 768
 OTHERS = [f"model.layers[{layer}].output" for layer in range(1, 4)]

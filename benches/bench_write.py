@@ -11,9 +11,9 @@ import statistics
 from pathlib import Path
 
 import numpy as np
-from measure import arguments, compare, place, ratios, show, timed
 
 import lamina as lm
+from measure import arguments, compare, place, ratios, show, timed
 
 SITES, WIDTH, WINDOW = 12, 768, 4096
 
