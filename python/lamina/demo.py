@@ -23,7 +23,7 @@ import time
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -48,6 +48,15 @@ shlex shutil signal socket socketserver statistics string struct subprocess tarf
 textwrap threading timeit tokenize traceback types typing unittest urllib.parse uuid warnings
 weakref zipfile
 """
+
+
+class Patched(NamedTuple):
+    """What the model says next, with one layer patched or (None) none."""
+
+    layer: int | None
+    says: str
+    paris: float
+    rome: float
 
 
 def run(out: Path) -> None:
@@ -175,7 +184,7 @@ def train_probes(store: lm.Store, tokenizer: "PreTrainedTokenizerBase") -> None:
     words = np.array(
         [
             token.startswith("Ġ") and token[1:2].isalpha()
-            for token in tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+            for token in tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
         ]
     )
     rows, labels, held_out = [], [], []
@@ -214,10 +223,10 @@ def probe_accuracy(
         score = torch.addmv(bias, train, weight)
         value = torch.nn.functional.binary_cross_entropy_with_logits(score, wanted)
         value = value + 1e-3 * weight.square().sum()
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()
         return value
 
-    optimizer.step(loss)  # type: ignore[no-untyped-call]
+    optimizer.step(loss)
     with torch.no_grad():
         right = (torch.addmv(bias, test, weight) > 0) == torch.as_tensor(test_labels)
     return right.float().mean().item()
@@ -225,46 +234,35 @@ def probe_accuracy(
 
 def patch(
     model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", to: Path
-) -> list[tuple[int | None, float, float]]:
-    """Store one prompt's last token, put it into another's run; return layer, P(Paris), P(Rome)."""
+) -> list[Patched]:
+    """Store one prompt's last token at every layer, then put it into another prompt's run."""
     import torch
 
-    store = lm.capture(
-        model,
-        ["The Colosseum is in the city of"],
-        f"{RESIDUALS}[-1]",
-        to=to,
-        tokenizer=tokenizer,
-        dtype="float32",
-        progress=False,
-    )
-    saved = store.load(f"{RESIDUALS}[-1]", prompts=[0])
+    last_token = f"{RESIDUALS}[-1]"
+    prompts = ["The Colosseum is in the city of"]
+    store = lm.capture(model, prompts, last_token, to=to, tokenizer=tokenizer, progress=False)
+    saved = store.load(last_token, prompts=[0])
     batch = tokenizer(["The Eiffel Tower is in the city of"], return_tensors="pt")
     paris, rome = (tokenizer.encode(word)[0] for word in (" Paris", " Rome"))
 
-    def next_token() -> tuple[str, float, float]:
+    def next_token(layer: int | None) -> Patched:
         with torch.no_grad():
-            probabilities = model(**batch).logits[0, -1].softmax(-1)
-        best = tokenizer.decode(probabilities.argmax())
-        return best, probabilities[paris].item(), probabilities[rome].item()
+            chances = model(**batch).logits[0, -1].softmax(-1)
+        says = str(tokenizer.decode(chances.argmax()))
+        return Patched(layer, says, chances[paris].item(), chances[rome].item())
 
+    table = [next_token(None)]
+    for layer in range(0, len(store.sites), 3):
+        with lm.patched(model, saved.subset([f"model.layers[{layer}].output[-1]"])):
+            table.append(next_token(layer))
     print(f"  {'patched':<12} {'next token':<12} {'P(Paris)':>9} {'P(Rome)':>9}")
-    table: list[tuple[int | None, float, float]] = []
-    for layer in [None, *range(0, len(store.sites), 3)]:
-        if layer is None:
-            best, *chances = next_token()
-        else:
-            with lm.patched(model, saved.subset([f"model.layers[{layer}].output[-1]"])):
-                best, *chances = next_token()
-        name = "nothing" if layer is None else f"layer {layer}"
-        print(f"  {name:<12} {best!r:<12} {chances[0]:9.2f} {chances[1]:9.2f}")
-        table.append((layer, chances[0], chances[1]))
+    for row in table:
+        name = "nothing" if row.layer is None else f"layer {row.layer}"
+        print(f"  {name:<12} {row.says!r:<12} {row.paris:9.2f} {row.rome:9.2f}")
     return table
 
 
-def draw(
-    store: lm.Store, table: list[tuple[int | None, float, float]], out: Path, longest: int = 80
-) -> list[Path]:
+def draw(store: lm.Store, table: list[Patched], out: Path, longest: int = 80) -> list[Path]:
     """Draw the residual stream's norms and the patching table; return the files."""
     import matplotlib as mpl
 
@@ -284,11 +282,13 @@ def draw(
     figure.colorbar(image, label="mean L2 norm")
     figure.savefig(out / "norms.png", dpi=130)
 
-    layers = [layer for layer, _, _ in table if layer is not None]
+    unpatched, *rows = table
+    layers = [row.layer or 0 for row in rows]
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for column, name, colour in ((1, "Paris", "tab:blue"), (2, "Rome", "tab:red")):
-        axes.plot(layers, [row[column] for row in table[1:]], "o-", color=colour, label=name)
-        axes.axhline(table[0][column], color=colour, linestyle=":", linewidth=1)
+    for name, colour in (("Paris", "tab:blue"), ("Rome", "tab:red")):
+        chances = [getattr(row, name.lower()) for row in rows]
+        axes.plot(layers, chances, "o-", color=colour, label=name)
+        axes.axhline(getattr(unpatched, name.lower()), color=colour, linestyle=":", linewidth=1)
     axes.set(xlabel="patched layer", ylabel="probability of the next token", ylim=(0, 1))
     axes.set_title("“The Eiffel Tower is in the city of” with the Colosseum's last token")
     axes.legend(title="dotted: unpatched")
