@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 __all__ = ["run"]
 
 RESIDUALS = "model.layers[:].output"  # a Llama's layers: `model.model.layers[0].output` and on
-PROMPTS = 240
 MODULES = """
 argparse ast asyncio base64 bisect calendar codecs collections concurrent.futures configparser
 contextlib copy csv dataclasses datetime decimal difflib dis doctest email.message enum
@@ -59,14 +58,14 @@ class Patched(NamedTuple):
     rome: float
 
 
-def run(out: Path) -> None:
-    """Run every step; the store and the pictures go to `out`."""
+def run(out: Path, prompts: int = 240) -> None:
+    """Run every step on so many prompts; the stores and the pictures go to `out`."""
     begun = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
     directory = out / "acts"
     model, tokenizer = load_model()
     texts = list(docstrings())
-    texts = texts[:: len(texts) // PROMPTS][:PROMPTS]
+    texts = texts[:: len(texts) // prompts][:prompts]
 
     heading(f"1. Capture: {RESIDUALS} at every token of {len(texts)} docstrings, as bfloat16")
     store = capture_residuals(model, tokenizer, texts, directory)
