@@ -1,5 +1,7 @@
 """The demo runs through, and its results are what they are known to be."""
 
+import contextlib
+import io
 import re
 
 import pytest
@@ -11,14 +13,11 @@ from lamina import demo
 def output(tmp_path_factory, smollm2):
     """What the demo prints on fewer prompts, and the folder it leaves."""
     out = tmp_path_factory.mktemp("demo")
-    with pytest.MonkeyPatch.context() as patch:
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         patch.setattr(demo, "load_model", lambda: smollm2)
-        printed: list[str] = []
-        patch.setattr(
-            "builtins.print", lambda *values, **_: printed.append(" ".join(map(str, values)))
-        )
         demo.run(out, prompts=40)
-    return "\n".join(printed), out
+    return printed.getvalue(), out
 
 
 def test_the_same_capture_is_recognised_and_others_are_refused_by_field(output):
