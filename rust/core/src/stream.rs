@@ -1,0 +1,105 @@
+//! One tensor as it grows in a file, with its checksums; read back only checked.
+
+use std::sync::Arc;
+
+use crate::checksum::{Running, crc32c};
+use crate::disk::DiskFile;
+use crate::dtype::Dtype;
+use crate::error::{Error, Result};
+use crate::shard::length;
+use crate::source::Source;
+use crate::stats;
+
+/// Bytes moved at a time: whole checksum blocks, small enough for the second-level cache.
+const CHUNK_BYTES: usize = 512 * 1024;
+
+/// A tensor's bytes from `offset` of a file on.
+#[derive(Debug)]
+pub(crate) struct Stream {
+    file: Arc<dyn DiskFile>,
+    offset: u64,
+    running: Running,
+}
+
+impl Stream {
+    pub(crate) fn new(file: &Arc<dyn DiskFile>, offset: u64, block_bytes: u64) -> Self {
+        Self { file: Arc::clone(file), offset, running: Running::new(block_bytes) }
+    }
+
+    pub(crate) fn running(&self) -> &Running {
+        &self.running
+    }
+
+    pub(crate) fn len(&self) -> u64 {
+        self.running.len()
+    }
+
+    /// Returns whether its bytes already lie at `offset` of `file`.
+    pub(crate) fn lies_at(&self, file: &Arc<dyn DiskFile>, offset: u64) -> bool {
+        Arc::ptr_eq(&self.file, file) && self.offset == offset
+    }
+
+    pub(crate) fn append(&mut self, bytes: &[u8]) -> Result<()> {
+        self.file.write_at(self.offset + self.running.len(), bytes)?;
+        self.running.update(bytes);
+        Ok(())
+    }
+
+    /// Appends `bytes` of a source from `from` on, and returns how many values are NaN and
+    /// infinite. What is checksummed and written is a copy, so the source may change meanwhile.
+    pub(crate) fn append_from(
+        &mut self,
+        source: &dyn Source,
+        (from, bytes): (usize, usize),
+        dtype: Dtype,
+        scratch: &mut Vec<u8>,
+    ) -> Result<(u64, u64)> {
+        let (mut nan, mut infinite) = (0, 0);
+        let mut done = 0;
+        while done < bytes {
+            scratch.resize(CHUNK_BYTES.min(bytes - done), 0);
+            source.copy_to(from + done, scratch);
+            let (more_nan, more_infinite) = stats::not_finite(dtype, scratch);
+            nan += more_nan;
+            infinite += more_infinite;
+            self.append(scratch)?;
+            done += scratch.len();
+        }
+        Ok((nan, infinite))
+    }
+
+    /// Starts writing back everything appended since `from`.
+    pub(crate) fn start_writeback(&self, from: u64) {
+        self.file.start_writeback(self.offset + from, self.running.len() - from);
+    }
+
+    /// Hands the bytes `from..to` to `take` in order, checked against the checksums that were
+    /// made when they were appended.
+    pub(crate) fn read_checked(
+        &self,
+        (from, to): (u64, u64),
+        take: &mut dyn FnMut(&[u8]) -> Result<()>,
+    ) -> Result<()> {
+        let block_bytes = self.running.block_bytes();
+        let mut scratch = Vec::new();
+        let mut at = from;
+        while at < to {
+            let block = at / block_bytes;
+            let begin = block * block_bytes;
+            let end = self.running.len().min(begin + block_bytes);
+            scratch.resize(length(end - begin), 0);
+            self.file.read_at(self.offset + begin, &mut scratch)?;
+            if Some(crc32c(0, &scratch)) != self.running.block(block) {
+                return Err(Error::Mismatch {
+                    what: String::from("bytes read back from the shard being filled"),
+                    expected: format!("those written (bytes {begin}..{end} of a tensor)"),
+                    found: String::from("others; the disk or the memory is faulty"),
+                });
+            }
+            let upto = to.min(end);
+            take(scratch.get(length(at - begin)..length(upto - begin)).unwrap_or_default())?;
+            at = upto;
+        }
+        Ok(())
+    }
+}
