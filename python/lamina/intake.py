@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Given", "read_prompts"]
 
+_NOTHING = object()
+
 
 @dataclass(frozen=True, slots=True)
 class Given:
@@ -65,9 +67,8 @@ def _several(prompts: object) -> Iterator[object]:
             f"a datasets column, or an iterator of them"
         )
     items = iter(prompts)
-    for first in items:
-        break
-    else:
+    first = next(items, _NOTHING)
+    if first is _NOTHING:
         return iter(())
     if _is_integer(first):
         shown = list(prompts)[:4] if isinstance(prompts, list | tuple) else [int(str(first))]
@@ -129,7 +130,7 @@ def _batch(batch: Mapping[Any, Any]) -> Iterator[object]:
             )
         raise _no_key(batch, "prompts is a dict that")
     if ids is None:
-        if isinstance(texts, str):
+        if texts is None or isinstance(texts, str):
             return iter([_from_mapping(batch, "prompt 0")])
         return iter(texts)
     if _is_array(ids) and len(_shape(ids)) == 2:

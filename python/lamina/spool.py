@@ -13,13 +13,13 @@ import json
 import shutil
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lamina.errors import DiskError, DiskFullError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
+    from pathlib import Path
     from typing import BinaryIO
 
     import numpy as np
@@ -42,7 +42,6 @@ class Summary:
         prompts: How many there are, skipped ones counted.
         tokens: How many tokens they have together.
         digest: Of all lengths and token ids.
-        from_text: Whether any prompt was tokenised from a text.
         text_bytes: Bytes of the kept texts, or None where they are not kept.
         text_digest: Of the kept texts, or None.
     """
@@ -50,7 +49,6 @@ class Summary:
     prompts: int
     tokens: int
     digest: str
-    from_text: bool
     text_bytes: int | None
     text_digest: str | None
 
@@ -74,7 +72,6 @@ class _Pass:
         self.prompts = self.tokens = self.text_bytes = 0
         self.digest = _Digest()
         self.text_digest = hashlib.blake2b(digest_size=16)
-        self.from_text = False
         self.texts = texts and directory is not None
         self.files: dict[str, BinaryIO] = {}
         if directory is not None:
@@ -82,7 +79,7 @@ class _Pass:
             for name in names:
                 self.files[name] = (directory / name).open("xb")
 
-    def add(self, group: list[Tokenised], *, from_text: bool) -> None:
+    def add(self, group: list[Tokenised]) -> None:
         import numpy as np
 
         lengths = np.array([len(prompt.ids) for prompt in group], dtype="<u8").tobytes()
@@ -91,7 +88,6 @@ class _Pass:
         self.tokens += len(ids) // 4
         self.digest.lengths.update(lengths)
         self.digest.ids.update(ids)
-        self.from_text |= from_text
         if not self.files:
             return
         self.files[LENGTHS].write(lengths)
@@ -112,7 +108,6 @@ class _Pass:
             prompts=self.prompts,
             tokens=self.tokens,
             digest=self.digest.text(),
-            from_text=self.from_text,
             text_bytes=self.text_bytes if self.texts else None,
             text_digest="blake2b:" + self.text_digest.hexdigest() if self.texts else None,
         )
@@ -126,7 +121,7 @@ def digest_prompts(groups: Iterable[list[Tokenised]]) -> Summary:
     """Read all prompts without writing anything."""
     counting = _Pass(None, texts=False)
     for group in groups:
-        counting.add(group, from_text=any(prompt.text is not None for prompt in group))
+        counting.add(group)
     return counting.summary()
 
 
@@ -148,7 +143,7 @@ def write_spool(directory: Path, groups: Iterable[list[Tokenised]], *, texts: bo
     try:
         for group in groups:
             with _disk(directory):
-                writing.add(group, from_text=any(prompt.text is not None for prompt in group))
+                writing.add(group)
         with _disk(directory):
             writing.close()
     finally:
@@ -190,11 +185,13 @@ class Spool:
     def __getitem__(self, run: slice, /) -> NDArray[np.uint64]:
         """Return the lengths of a run of prompts."""
         start, stop, _ = run.indices(len(self))
-        return self._read(LENGTHS, "<u8", start, stop)
+        lengths: NDArray[np.uint64] = self._read(LENGTHS, "<u8", start, stop)
+        return lengths
 
     def ids(self, start: int, stop: int) -> NDArray[np.uint32]:
         """Return a run of token ids, counted over all prompts."""
-        return self._read(IDS, "<u4", start, stop)
+        ids: NDArray[np.uint32] = self._read(IDS, "<u4", start, stop)
+        return ids
 
     def texts(self, start: int, stop: int) -> list[str] | None:
         """Return the texts of a run of prompts, or None where they are not kept."""
@@ -213,7 +210,7 @@ class Spool:
         self._text_cursor = (stop, offset)
         return texts
 
-    def _read(self, name: str, kind: str, start: int, stop: int) -> NDArray[np.generic]:
+    def _read(self, name: str, kind: str, start: int, stop: int) -> NDArray[Any]:
         import numpy as np
 
         size = np.dtype(kind).itemsize
@@ -221,7 +218,9 @@ class Spool:
             file.seek(start * size)
             data = file.read((stop - start) * size)
         if len(data) != (stop - start) * size:
-            raise DiskError(f"{self.directory / name} is shorter than it was", None, str(self.directory / name))
+            raise DiskError(
+                f"{self.directory / name} is shorter than it was", None, str(self.directory / name)
+            )
         return np.frombuffer(data, dtype=kind)
 
     def _is_whole(self) -> bool:

@@ -52,7 +52,9 @@ class Tally:
 
     def text(self, *, lengths: bool = True) -> str:
         """Return the prompts' numbers as running text, with their lengths if asked."""
-        named = [f"{prompt} ({tokens:,})" if lengths else str(prompt) for prompt, tokens in self.first]
+        named = [
+            f"{prompt} ({tokens:,})" if lengths else str(prompt) for prompt, tokens in self.first
+        ]
         if self.count > len(named):
             named.append(f"{self.count - len(named):,} more")
         return listed(named, most=NAMED + 1)
@@ -116,6 +118,9 @@ class Encoder:
         tokenizer: A `transformers` tokenizer (or a processor that has one), or a
             `tokenizers.Tokenizer`.
 
+    Attributes:
+        used: Whether any text went through it.
+
     Raises:
         PromptError: It is neither.
     """
@@ -129,6 +134,7 @@ class Encoder:
                 f"tokenizer is a {type(tokenizer).__name__}; expected a transformers tokenizer "
                 f"or a tokenizers.Tokenizer"
             )
+        self.used = False
         self._tokenizer = chosen
         self._backend = chosen if self._bare else getattr(chosen, "backend_tokenizer", None)
 
@@ -144,6 +150,7 @@ class Encoder:
             texts: The texts.
             cut: If given, longer ones are cut to this many tokens, special tokens kept.
         """
+        self.used = True
         with self._unchanged():
             if self._bare:
                 self._tokenizer.no_padding()
@@ -191,9 +198,7 @@ class Encoder:
                 self._backend.enable_truncation(**truncation)
 
 
-def tokenise(
-    prompts: object, encoder: Encoder | None, limits: Limits
-) -> Iterator[list[Tokenised]]:
+def tokenise(prompts: object, encoder: Encoder | None, limits: Limits) -> Iterator[list[Tokenised]]:
     """Yield the prompts as token ids, some hundred at a time, in order.
 
     Args:
@@ -220,7 +225,13 @@ def model_length_limit(model: Any) -> int | None:  # noqa: ANN401
     if config is None:
         return None
     text_config = getattr(config, "get_text_config", lambda: config)()
-    names = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "max_seq_len")
+    names = (
+        "max_position_embeddings",
+        "n_positions",
+        "n_ctx",
+        "max_sequence_length",
+        "max_seq_len",
+    )
     found = [getattr(text_config, name, None) for name in names]
     limit = next((size for size in found if isinstance(size, int) and size > 0), None)
     for name, module in model.named_modules():

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["BATCHES_PER_WINDOW", "Window", "compose", "destinations", "plan"]
 
 BATCHES_PER_WINDOW = 16
-"""A window has at most this many batches' prompts: a crash costs little also where rows are small."""
+"""A window has no more prompts than this many batches: a crash costs little also for small rows."""
 
 
 class Lengths(Protocol):
@@ -173,5 +173,10 @@ def _select(
     if short == "error":
         # The message must give the numbers that the caller knows: ask for these prompts one by one.
         for prompt in present[counts[present] == 0]:
-            select(sizes[prompt : prompt + 1], positions, "error", first_prompt=first_prompt + int(prompt))
+            select(
+                sizes[prompt : prompt + 1],
+                positions,
+                "error",
+                first_prompt=first_prompt + int(prompt),
+            )
     return counts, flat
