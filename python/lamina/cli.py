@@ -1,0 +1,303 @@
+"""The `lamina` command: capture, and look into what was captured."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from typing import TYPE_CHECKING, NoReturn
+
+from lamina.errors import InputError, LaminaError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from lamina.store import Store
+
+__all__ = ["main"]
+
+_STATUS = """\
+exit status:
+  0    done
+  1    verify found damage
+  2    the command line is wrong
+  3    it cannot be done as asked; the reason stands on standard error
+  130  interrupted (Ctrl-C); `lamina capture` goes on where it was when run again
+
+Results go to standard output, progress and messages to standard error.
+"""
+
+_DAMAGED, _USAGE, _REFUSED, _INTERRUPTED = 1, 2, 3, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line, and return the exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        status: int = options.run(options)
+        sys.stdout.flush()
+    except LaminaError as error:
+        print(f"lamina: {error}", file=sys.stderr)
+        for note in getattr(error, "__notes__", ()):
+            print(f"  {note}", file=sys.stderr)
+        return _REFUSED
+    except KeyboardInterrupt:
+        print("lamina: interrupted", file=sys.stderr)
+        return _INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read the output has seen enough; nothing more may be written to it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lamina",
+        description="Keep what a language model computes, and look into what was kept.",
+        epilog=f"""\
+examples:
+  lamina demo
+  lamina capture ./SmolLM2-135M texts.txt --sites 'model.layers[:].output' --to acts/
+  lamina info acts/
+  lamina cat acts/ 'model.layers[7].output[-1]' --prompt 3
+
+`lamina COMMAND --help` says more about each.
+
+{_STATUS}""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action=_Version, help="print the version and exit")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(name: str, summary: str, examples: str) -> argparse.ArgumentParser:
+        return commands.add_parser(
+            name,
+            help=summary,
+            description=f"{summary[0].upper()}{summary[1:]}.",
+            epilog=f"examples:\n{examples}\n\n{_STATUS}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    capture = command(
+        "capture",
+        "run a model over texts and keep what it computes at some sites",
+        "  lamina capture ./SmolLM2-135M texts.txt --sites 'model.layers[:].output' --to acts/\n"
+        "  lamina capture model.gguf prompts.jsonl --field text --dtype bf16 \\\n"
+        "      --sites 'model.layers[::4].output[-1]' --to acts/\n"
+        "  lamina capture gpt2 texts.txt --sites 'transformer.h[3].mlp.output' --to acts/",
+    )
+    from lamina import cli_capture
+
+    cli_capture.add_arguments(capture)
+    capture.set_defaults(run=cli_capture.run)
+
+    info = command(
+        "info",
+        "say what a store holds",
+        "  lamina info acts/\n  lamina info acts/ --json | jq .rows",
+    )
+    info.add_argument("--json", action="store_true", help="all facts, as one JSON object")
+    info.set_defaults(run=_info)
+
+    ls = command(
+        "ls",
+        "list the sites of a store, or its prompts, or its shards",
+        "  lamina ls acts/\n  lamina ls acts/ --prompts | head",
+    )
+    which = ls.add_mutually_exclusive_group()
+    which.add_argument("--prompts", action="store_true", help="number, tokens, rows and text")
+    which.add_argument("--shards", action="store_true", help="file, rows, prompts and bytes")
+    ls.set_defaults(run=_ls)
+
+    verify = command(
+        "verify",
+        "read every byte of a store and list what is damaged",
+        "  lamina verify acts/ && echo intact",
+    )
+    verify.add_argument("--threads", type=int, default=0, help="how many; 0 for every core")
+    verify.set_defaults(run=_verify)
+
+    cat = command(
+        "cat",
+        "print the vector of one prompt at a target",
+        "  lamina cat acts/ 'model.layers[7].output[-1]' --prompt 3\n"
+        "  lamina cat acts/ 'model.layers[7].output' --prompt 0 --json",
+    )
+    for each in (info, ls, verify, cat):
+        each.add_argument("store", metavar="STORE", help="the directory")
+        each.add_argument("--at", type=int, metavar="VERSION", help="an earlier version")
+    cat.add_argument("target", metavar="TARGET", help="a site, perhaps at a position")
+    cat.add_argument("--prompt", type=int, default=0, metavar="N", help="which prompt (0)")
+    cat.add_argument("--json", action="store_true", help="every number, as JSON")
+    cat.add_argument("--all", action="store_true", help="every number, not the first few")
+    cat.set_defaults(run=_cat)
+
+    demo = command(
+        "demo",
+        "go the whole way once with a small real model",
+        "  lamina demo --out demo-out",
+    )
+    demo.add_argument("--out", default="demo-out", metavar="DIRECTORY", help="for its results")
+    demo.set_defaults(run=_demo)
+    return parser
+
+
+def _opened(options: argparse.Namespace) -> Store:
+    from lamina.store import open as open_store
+
+    return open_store(options.store, version=options.at)
+
+
+def _info(options: argparse.Namespace) -> int:
+    store = _opened(options)
+    if options.json:
+        print(json.dumps(store.info(), indent=2, ensure_ascii=False))
+    else:
+        print(store)
+    return 0
+
+
+def _ls(options: argparse.Namespace) -> int:
+    from lamina.wording import bytes_text, shape_text
+
+    store = _opened(options)
+    if options.prompts:
+        table = [["prompt", "tokens", "rows", "text"]]
+        for prompt in store.prompts:
+            rows = f"{prompt.rows.start}:{prompt.rows.stop}"
+            text = json.dumps(prompt.text or "", ensure_ascii=False)[1:-1]
+            shown = text if len(text) <= 60 else f"{text[:59]}…"
+            table.append([str(prompt.index), str(prompt.length), rows, shown])
+    elif options.shards:
+        table = [["shard", "rows", "prompts", "bytes", ""]]
+        for name, first, rows, first_prompt, prompts, nbytes, full in store.shards:
+            table.append(
+                [
+                    name,
+                    f"{first}:{first + rows}",
+                    f"{first_prompt}:{first_prompt + prompts}",
+                    bytes_text(nbytes),
+                    "full" if full else "short",
+                ]
+            )
+    else:
+        table = [["site", "shape", "dtype", "bytes"]]
+        for path, column in store.items():
+            table.append([path, shape_text(column.shape), column.dtype, bytes_text(column.nbytes)])
+    _print_table(table)
+    return 0
+
+
+def _print_table(table: list[list[str]]) -> None:
+    """Print rows of texts in aligned columns, to the last row that has any."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for row in table:
+        padded = (f"{text:<{width}}" for text, width in zip(row, widths, strict=True))
+        print("  ".join(padded).rstrip())
+
+
+def _verify(options: argparse.Namespace) -> int:
+    store = _opened(options)
+    progress = _progress if sys.stderr.isatty() else None
+    report = store.verify(threads=options.threads, progress=progress)
+    if progress is not None:
+        print(file=sys.stderr)
+    print(report)
+    return 0 if report.intact else _DAMAGED
+
+
+def _progress(done: int, total: int) -> None:
+    from lamina.wording import bytes_text
+
+    text = f"\rverifying {bytes_text(done)} of {bytes_text(total)}"
+    print(text, end="", file=sys.stderr, flush=True)
+
+
+def _cat(options: argparse.Namespace) -> int:
+    store = _opened(options)
+    found, pattern = store.find(options.target)
+    if pattern and len(found) > 1:
+        raise InputError(f"{options.target} stands for {len(found)} sites; name one of them")
+    (index, position), prompt = found[0], store.prompts[options.prompt]
+    rows = store.prompts.select(position, [prompt.index]).rows.reshape(-1)
+    site, column = list(store.items())[index]
+    values = column.take(rows)
+    if not rows.size:
+        print(f"nothing of prompt {prompt.index} is stored there", file=sys.stderr)
+    parts: list[dict[str, object]] = []
+    for row, vector in zip(rows.tolist(), values, strict=True):
+        _, at = store.prompts.place_of(row)
+        head = f"{site}  prompt {prompt.index}, position {at}, token {store.tokens[row]}, row {row}"
+        parts.append(
+            {
+                "path": site,
+                "prompt": prompt.index,
+                "position": at,
+                "token": int(store.tokens[row]),
+                "row": row,
+                "dtype": column.dtype,
+                "shape": list(vector.shape),
+                "values": vector.tolist(),
+            }
+        )
+        if not options.json:
+            print(head)
+            _print_vector(vector, column.dtype, every=options.all)
+    if options.json:
+        print(json.dumps(parts))
+    return 0
+
+
+def _print_vector(vector: NDArray[np.float64], dtype: str, *, every: bool) -> None:
+    import numpy as np
+
+    from lamina.wording import shape_text
+
+    finite = vector[np.isfinite(vector)]
+    facts = f"  {shape_text(vector.shape)} {dtype}"
+    if finite.size:
+        facts += f"  norm {np.linalg.norm(finite):.6g}, mean {finite.mean():.6g}"
+        facts += f", min {finite.min():.6g}, max {finite.max():.6g}"
+    if finite.size < vector.size:
+        facts += f", {vector.size - finite.size} not finite"
+    print(facts)
+    text = np.array2string(
+        vector,
+        threshold=sys.maxsize if every else 64,
+        edgeitems=8,
+        max_line_width=100,
+        prefix="  ",
+        formatter={"float_kind": lambda number: f"{number:.6g}"},
+    )
+    print(f"  {text}")
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from lamina.demo import run
+
+    run(Path(options.out))
+    return 0
+
+
+class _Version(argparse.Action):
+    """Prints the version; reading it costs some milliseconds that no other command needs."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        from lamina import __version__
+
+        print(f"lamina {__version__}")
+        parser.exit()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
