@@ -1,4 +1,8 @@
 //! Paths, expansion and lookup, as `lamina._core.Path`, `ModuleTree` and `SiteIndex`.
+#![expect(
+    clippy::doc_markdown,
+    reason = "the comments on methods are Python docstrings"
+)]
 
 use std::collections::BTreeMap;
 

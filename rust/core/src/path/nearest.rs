@@ -10,6 +10,7 @@ use super::{Path, Selector, Step};
 /// What a difference costs. Only their proportions matter.
 const LEFT_OUT: u32 = 4;
 const TOO_MANY: u32 = 5;
+const NUMBER_TOO_MANY: u32 = 9;
 const OTHER_NUMBER: u32 = 3;
 const OTHER_NAME: u32 = 12;
 const PART_OF_NAME: u32 = 4;
@@ -20,6 +21,9 @@ const SLACK: u32 = 3;
 
 /// How many suggestions are made.
 const SUGGESTIONS: usize = 3;
+
+/// The shortest name that is near to every name it is a part of, as `attn` is of `self_attn`.
+const MIN_PART_BYTES: usize = 3;
 
 /// Comparing is bounded: longer paths, longer names and larger products get no suggestion.
 const MAX_STEPS: usize = 32;
@@ -118,7 +122,9 @@ impl<'tree> Table<'tree> {
 
     /// Returns the cost where the path's last step is one too many.
     fn too_many(&self, node: Id, count: usize) -> Option<u32> {
-        Some(self.cost(node, count.checked_sub(1)?) + TOO_MANY)
+        let before = count.checked_sub(1)?;
+        let number = matches!(self.wanted.get(before)?, Step::Select(_));
+        Some(self.cost(node, before) + if number { NUMBER_TOO_MANY } else { TOO_MANY })
     }
 
     /// Returns the cost where the path leaves out the node's own step.
@@ -189,6 +195,7 @@ fn name_difference(one: &str, other: &str) -> u32 {
     let distance = edit_distance(one, other);
     match u32::try_from(longest) {
         Ok(longest) if distance * 2 <= longest => 1 + 8 * distance / longest,
+        _ if one.len().min(other.len()) < MIN_PART_BYTES => OTHER_NAME,
         _ if one.contains(other) || other.contains(one) => PART_OF_NAME,
         _ => OTHER_NAME,
     }
