@@ -2,6 +2,8 @@
 
 use xxhash_rust::xxh3::Xxh3;
 
+use crate::source::Source;
+
 /// Side tensors and pads have blocks of this many bytes; sites of at most this many (one row at
 /// least).
 pub const BLOCK_BYTES: u64 = 128 * 1024;
@@ -30,7 +32,10 @@ pub struct Running {
 
 impl std::fmt::Debug for Running {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        formatter.debug_struct("Running").field("len", &self.len).finish_non_exhaustive()
+        formatter
+            .debug_struct("Running")
+            .field("len", &self.len)
+            .finish_non_exhaustive()
     }
 }
 
@@ -86,7 +91,10 @@ impl Running {
     /// Returns the CRC of every block, the unfinished last one included.
     pub fn blocks(&self) -> impl Iterator<Item = u32> + '_ {
         let unfinished = !self.len.is_multiple_of(self.block_bytes);
-        self.blocks.iter().copied().chain(unfinished.then_some(self.current))
+        self.blocks
+            .iter()
+            .copied()
+            .chain(unfinished.then_some(self.current))
     }
 
     /// Returns the XXH3-128 of all bytes, low half first.
@@ -96,7 +104,10 @@ impl Running {
 }
 
 /// Returns the low and the high half of a 128-bit digest.
-#[expect(clippy::cast_possible_truncation, reason = "the halves are what is wanted")]
+#[expect(
+    clippy::cast_possible_truncation,
+    reason = "the halves are what is wanted"
+)]
 pub fn halves(digest: u128) -> [u64; 2] {
     [digest as u64, (digest >> 64) as u64]
 }
@@ -110,6 +121,22 @@ pub fn name<'a>(parts: impl IntoIterator<Item = &'a [u8]>) -> String {
     let mut hex = hasher.finalize().to_hex();
     hex.truncate(32);
     hex.to_string()
+}
+
+/// Returns XXH3-128 over the bytes of all sources, one after another, as 32 hex digits.
+pub fn hash<'a>(sources: impl IntoIterator<Item = &'a dyn Source>) -> String {
+    let mut hasher = Xxh3::new();
+    let mut scratch = Vec::new();
+    for source in sources {
+        let mut done = 0;
+        while done < source.len() {
+            scratch.resize((256 * 1024).min(source.len() - done), 0);
+            source.copy_to(done, &mut scratch);
+            hasher.update(&scratch);
+            done += scratch.len();
+        }
+    }
+    format!("{:032x}", hasher.digest128())
 }
 
 #[cfg(test)]
@@ -134,7 +161,10 @@ mod tests {
         for piece in bytes.chunks(77) {
             pieces.update(piece);
         }
-        assert_eq!(whole.blocks().collect::<Vec<_>>(), pieces.blocks().collect::<Vec<_>>());
+        assert_eq!(
+            whole.blocks().collect::<Vec<_>>(),
+            pieces.blocks().collect::<Vec<_>>()
+        );
         assert_eq!(whole.xxh3(), pieces.xxh3());
         assert_eq!(whole.blocks().count(), 14);
         assert_eq!(whole.block(13), Some(crc32c(0, &bytes[3900..])));

@@ -28,7 +28,11 @@ impl Store {
         let page = page_bytes() as u64;
         let mut column: Option<OwnedMap> = None;
         for (index, start) in view.starts.iter().enumerate() {
-            let rows = view.manifest.shards.get(index).map_or(0, |shard| shard.rows);
+            let rows = view
+                .manifest
+                .shards
+                .get(index)
+                .map_or(0, |shard| shard.rows);
             let rows = rows.min(self.rows().saturating_sub(start.row));
             if rows == 0 {
                 continue;
@@ -40,7 +44,11 @@ impl Store {
             let column = match &mut column {
                 Some(column) => column,
                 empty @ None => {
-                    let congruent = if region.offset.is_multiple_of(page) { region.offset } else { 0 };
+                    let congruent = if region.offset.is_multiple_of(page) {
+                        region.offset
+                    } else {
+                        0
+                    };
                     let reserved = OwnedMap::reserve(length(total), congruent % HUGE_PAGE)?;
                     empty.insert(reserved)
                 }
@@ -51,7 +59,11 @@ impl Store {
             if follows_full && at.is_multiple_of(page) && region.offset.is_multiple_of(page) {
                 let name = opened.shard.entry().file_name();
                 let file = self.disk().open(Folder::Shards, &name).map_err(|error| {
-                    if error.is_not_found() { self.missing(&opened.shard) } else { error }
+                    if error.is_not_found() {
+                        self.missing(&opened.shard)
+                    } else {
+                        error
+                    }
                 })?;
                 if file.id()? != opened.shard.id() {
                     let place = crate::shard::place(
@@ -60,8 +72,13 @@ impl Store {
                         "whole file",
                         (0, rows),
                     );
-                    let found = String::from("the file was replaced or changed its size since it was checked");
-                    return Err(Error::Damaged { place: Box::new(place), found });
+                    let found = String::from(
+                        "the file was replaced or changed its size since it was checked",
+                    );
+                    return Err(Error::Damaged {
+                        place: Box::new(place),
+                        found,
+                    });
                 }
                 if let Some(descriptor) = file.descriptor() {
                     column.place(length(at), descriptor, region.offset, length(bytes))?;
@@ -83,6 +100,9 @@ impl Store {
     fn missing(&self, shard: &crate::shard::Shard) -> Error {
         let rows = (0, shard.entry().rows);
         let place = crate::shard::place(shard.entry(), shard.start(), "whole file", rows);
-        Error::Missing { place: Box::new(place), version: self.manifest().version }
+        Error::Missing {
+            place: Box::new(place),
+            version: self.manifest().version,
+        }
     }
 }

@@ -95,10 +95,17 @@ impl Writer {
     ///
     /// [`Error::Exists`] if there is a version, [`Error::Site`] for sites that cannot be stored,
     /// and everything a disk can say.
-    pub fn begin(disk: Arc<dyn Disk>, lock: Box<dyn Lock>, new: NewStore, pace: Pace) -> Result<Self> {
+    pub fn begin(
+        disk: Arc<dyn Disk>,
+        lock: Box<dyn Lock>,
+        new: NewStore,
+        pace: Pace,
+    ) -> Result<Self> {
         let names = publish::refuse_foreign(&*disk)?;
         if !publish::versions(&*disk)?.is_empty() {
-            return Err(Error::Exists { path: disk.root().to_owned() });
+            return Err(Error::Exists {
+                path: disk.root().to_owned(),
+            });
         }
         if names.iter().any(|name| name == publish::FORMAT_FILE)
             && disk.open(Folder::Root, publish::FORMAT_FILE)?.id()?.bytes > 0
@@ -116,7 +123,9 @@ impl Writer {
         format.write_at(0, format!("{}\n", crate::FORMAT).as_bytes())?;
         format.sync()?;
         disk.sync_folder(Folder::Root)?;
-        let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs());
+        let created = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .map_or(0, |time| time.as_secs());
         let manifest = Manifest {
             store: random_id()?,
             version: 1,
@@ -144,7 +153,10 @@ impl Writer {
         publish::refuse_foreign(&*disk)?;
         let versions = publish::versions(&*disk)?;
         let Some(&newest) = versions.first() else {
-            return Err(Error::NotReady { path: disk.root().to_owned(), owner: None });
+            return Err(Error::NotReady {
+                path: disk.root().to_owned(),
+                owner: None,
+            });
         };
         publish::check_format(&*disk)?;
         let manifest = publish::read_version(&*disk, newest)?;
@@ -164,7 +176,9 @@ impl Writer {
         disk.sync_folder(Folder::Shards)?;
         disk.sync_folder(Folder::Manifests)?;
         publish::remove_parts(&*disk, &*lock)?;
-        let keep: Vec<&Manifest> = std::iter::once(&manifest).chain(previous.as_ref()).collect();
+        let keep: Vec<&Manifest> = std::iter::once(&manifest)
+            .chain(previous.as_ref())
+            .collect();
         publish::clean_up(&*disk, &*lock, &keep)?;
         let mut writer = Self::over(disk, lock, manifest, previous, pace);
         writer.rebuild()?;
@@ -213,11 +227,17 @@ impl Writer {
             return Ok(());
         }
         let mut filling = self.open_filling(row, pieces.first().map_or(0, |piece| piece.head))?;
-        crate::rebuild::from_pieces(&*self.disk, &self.manifest.plan, pieces, (row, prompt), &mut |step| {
-            match step {
-                crate::rebuild::Step::Rows { stream, bytes } => {
-                    filling.build.grow(0).get_mut(stream).map_or(Ok(()), |to| to.append(bytes))
-                }
+        crate::rebuild::from_pieces(
+            &*self.disk,
+            &self.manifest.plan,
+            pieces,
+            (row, prompt),
+            &mut |step| match step {
+                crate::rebuild::Step::Rows { stream, bytes } => filling
+                    .build
+                    .grow(0)
+                    .get_mut(stream)
+                    .map_or(Ok(()), |to| to.append(bytes)),
                 crate::rebuild::Step::Grow(rows) => {
                     filling.build.grow(rows);
                     Ok(())
@@ -226,8 +246,8 @@ impl Writer {
                     let (disk, texts) = (&*self.disk, self.manifest.plan.texts());
                     filling.table(disk, texts, boundary)?.append(records)
                 }
-            }
-        })?;
+            },
+        )?;
         for piece in pieces {
             for &[site, nan, infinite, overflow] in &piece.counts {
                 filling.count(site, [nan, infinite, overflow]);
@@ -281,7 +301,11 @@ impl Writer {
     }
 
     fn guard(&self) -> Result<()> {
-        self.ended.as_ref().map_or(Ok(()), |reason| Err(Error::Closed { reason: reason.clone() }))
+        self.ended.as_ref().map_or(Ok(()), |reason| {
+            Err(Error::Closed {
+                reason: reason.clone(),
+            })
+        })
     }
 
     /// Runs a step after which, if it fails, nothing is known of the files: the writer ends.
@@ -331,12 +355,18 @@ impl Writer {
         let rows = window.rows();
         let mut row = 0;
         let mut prompts = window.prompts();
-        let positions: Vec<u8> =
-            window.positions.iter().flat_map(|position| position.to_le_bytes()).collect();
+        let positions: Vec<u8> = window
+            .positions
+            .iter()
+            .flat_map(|position| position.to_le_bytes())
+            .collect();
         let mut sources: Vec<&dyn Source> = window.columns.to_vec();
         sources.extend([window.tokens, &positions, window.flags]);
         loop {
-            if self.filling.as_ref().is_some_and(|filling| filling.build.rows() == limit)
+            if self
+                .filling
+                .as_ref()
+                .is_some_and(|filling| filling.build.rows() == limit)
                 && row < rows
             {
                 self.seal_filling()?;
@@ -387,14 +417,23 @@ impl Writer {
         let row_bytes: Vec<u64> = (0..plan.sites().len() + 3)
             .map(|stream| filling.build.stream_row_bytes(stream))
             .collect();
-        let dtypes = plan.sites().iter().map(|site| Some(site.dtype)).chain([None; 3]);
+        let dtypes = plan
+            .sites()
+            .iter()
+            .map(|site| Some(site.dtype))
+            .chain([None; 3]);
         let streams = filling.build.grow(take).iter_mut();
         let mut found = Vec::new();
-        for (index, (((stream, source), bytes), dtype)) in
-            streams.zip(sources.iter().copied()).zip(row_bytes).zip(dtypes).enumerate()
+        for (index, (((stream, source), bytes), dtype)) in streams
+            .zip(sources.iter().copied())
+            .zip(row_bytes)
+            .zip(dtypes)
+            .enumerate()
         {
-            let range =
-                (crate::shard::length(row * bytes), crate::shard::length(take * bytes));
+            let range = (
+                crate::shard::length(row * bytes),
+                crate::shard::length(take * bytes),
+            );
             let dtype_or_bytes = dtype.unwrap_or(crate::dtype::Dtype::U8);
             let (nan, infinite) =
                 stream.append_from(source, range, dtype_or_bytes, &mut self.scratch)?;
@@ -411,8 +450,17 @@ impl Writer {
 
     /// Publishes the full shard; its boundary prompts open the next one.
     fn seal_filling(&mut self) -> Result<()> {
-        let Some(filling) = self.filling.take() else { return Ok(()) };
-        let Filling { build, prompts, boundary, head, counts, .. } = filling;
+        let Some(filling) = self.filling.take() else {
+            return Ok(());
+        };
+        let Filling {
+            build,
+            prompts,
+            boundary,
+            head,
+            counts,
+            ..
+        } = filling;
         let sealed = build.seal(&prompts, head)?;
         let entry = self.publish(&sealed, counts_list(&counts))?;
         let first_row = self.full.iter().map(|shard| shard.rows).sum::<u64>() + entry.rows;
@@ -450,13 +498,21 @@ impl Writer {
 
     /// Writes what the shard being filled has beyond its pieces as a further piece.
     fn commit_piece(&mut self) -> Result<()> {
-        let Some(mut filling) = self.filling.take() else { return Ok(()) };
+        let Some(mut filling) = self.filling.take() else {
+            return Ok(());
+        };
         if filling.has_uncommitted() {
-            let head = if filling.committed_rows == 0 { filling.head } else { 0 };
+            let head = if filling.committed_rows == 0 {
+                filling.head
+            } else {
+                0
+            };
             let tables = filling.tables();
             let head = head.min(filling.build.rows() - filling.committed_rows);
             let (sealed, _) =
-                filling.build.piece(&*self.disk, filling.committed_rows, &tables, head)?;
+                filling
+                    .build
+                    .piece(&*self.disk, filling.committed_rows, &tables, head)?;
             let entry = self.publish(&sealed, filling.uncommitted_counts())?;
             filling.pieces.push(entry);
             filling.mark_committed();
@@ -471,13 +527,18 @@ impl Writer {
         next.complete = complete;
         next.windows = self.windows;
         next.shards.clone_from(&self.full);
-        next.shards.extend(self.filling.iter().flat_map(|filling| filling.pieces.iter().cloned()));
+        next.shards.extend(
+            self.filling
+                .iter()
+                .flat_map(|filling| filling.pieces.iter().cloned()),
+        );
         publish::publish_version(&*self.disk, &*self.lock, &next)?;
         self.previous = Some(std::mem::replace(&mut self.manifest, next));
         self.last_commit = Instant::now();
         self.sealed_since_commit = false;
-        let keep: Vec<&Manifest> =
-            std::iter::once(&self.manifest).chain(self.previous.as_ref()).collect();
+        let keep: Vec<&Manifest> = std::iter::once(&self.manifest)
+            .chain(self.previous.as_ref())
+            .collect();
         publish::clean_up(&*self.disk, &*self.lock, &keep)
     }
 
@@ -516,7 +577,9 @@ impl Writer {
             } else {
                 let head = filling.head.min(filling.build.rows());
                 let (sealed, _) =
-                    filling.build.piece(&*self.disk, 0, &filling.all_tables(), head)?;
+                    filling
+                        .build
+                        .piece(&*self.disk, 0, &filling.all_tables(), head)?;
                 Some(self.publish(&sealed, counts_list(&filling.counts))?)
             };
             self.full.extend(entry);
@@ -564,7 +627,9 @@ impl Filling {
     }
 
     fn boundary_mark(&self) -> Mark {
-        self.boundary.as_ref().map_or(Mark::default(), PromptTable::mark)
+        self.boundary
+            .as_ref()
+            .map_or(Mark::default(), PromptTable::mark)
     }
 
     fn has_uncommitted(&self) -> bool {
@@ -580,12 +645,19 @@ impl Filling {
 
     fn tables(&self) -> Vec<(&PromptTable, Mark)> {
         std::iter::once((&self.prompts, self.committed))
-            .chain(self.boundary.iter().map(|table| (table, self.committed_boundary)))
+            .chain(
+                self.boundary
+                    .iter()
+                    .map(|table| (table, self.committed_boundary)),
+            )
             .collect()
     }
 
     fn all_tables(&self) -> Vec<(&PromptTable, Mark)> {
-        self.tables().into_iter().map(|(table, _)| (table, Mark::default())).collect()
+        self.tables()
+            .into_iter()
+            .map(|(table, _)| (table, Mark::default()))
+            .collect()
     }
 
     fn mark_committed(&mut self) {

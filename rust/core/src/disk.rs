@@ -181,8 +181,10 @@ pub struct Directory {
     root: OwnedFd,
 }
 
-const READ: OFlags =
-    OFlags::RDONLY.union(OFlags::CLOEXEC).union(OFlags::NOFOLLOW).union(OFlags::NONBLOCK);
+const READ: OFlags = OFlags::RDONLY
+    .union(OFlags::CLOEXEC)
+    .union(OFlags::NOFOLLOW)
+    .union(OFlags::NONBLOCK);
 const FOLDER: OFlags = OFlags::RDONLY
     .union(OFlags::CLOEXEC)
     .union(OFlags::DIRECTORY)
@@ -214,7 +216,13 @@ impl Directory {
         let path = path.into();
         std::fs::create_dir_all(&path).map_err(|source| Error::io("make", &path, source))?;
         let opened = Self::open(path)?;
-        if let Some(parent) = opened.path.canonicalize().ok().as_deref().and_then(Path::parent) {
+        if let Some(parent) = opened
+            .path
+            .canonicalize()
+            .ok()
+            .as_deref()
+            .and_then(Path::parent)
+        {
             // The new directory's own entry; parents that cannot be opened are not ours to sync.
             if let Ok(parent) = rustix::fs::open(parent, FOLDER, Mode::empty()) {
                 let _ = rustix::fs::fsync(parent);
@@ -245,24 +253,44 @@ impl Directory {
     }
 
     fn folder(&self, folder: Folder) -> Result<OwnedFd> {
-        let name = if folder == Folder::Root { "." } else { folder.name() };
+        let name = if folder == Folder::Root {
+            "."
+        } else {
+            folder.name()
+        };
         rustix::fs::openat(&self.root, name, FOLDER, Mode::empty())
             .map_err(|source| Error::io("open", self.path_of(folder, ""), source))
     }
 
-    fn file(&self, folder: Folder, name: &str, flags: OFlags, verb: &'static str) -> Result<OpenFile> {
+    fn file(
+        &self,
+        folder: Folder,
+        name: &str,
+        flags: OFlags,
+        verb: &'static str,
+    ) -> Result<OpenFile> {
         let path = self.path_of(folder, name);
         let directory = self.folder(folder)?;
         let mode = Mode::from_raw_mode(0o644);
-        let file = rustix::fs::openat(directory, name, flags, mode).map_err(|source| match source {
-            Errno::LOOP => Error::io(verb, &path, std::io::Error::other("it is a symbolic link")),
-            other => Error::io(verb, &path, other),
-        })?;
+        let file =
+            rustix::fs::openat(directory, name, flags, mode).map_err(|source| match source {
+                Errno::LOOP => {
+                    Error::io(verb, &path, std::io::Error::other("it is a symbolic link"))
+                }
+                other => Error::io(verb, &path, other),
+            })?;
         let stat = rustix::fs::fstat(&file).map_err(|source| Error::io(verb, &path, source))?;
         if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
-            return Err(Error::io(verb, path, std::io::Error::other("it is no regular file")));
+            return Err(Error::io(
+                verb,
+                path,
+                std::io::Error::other("it is no regular file"),
+            ));
         }
-        Ok(OpenFile { path, file: File::from(file) })
+        Ok(OpenFile {
+            path,
+            file: File::from(file),
+        })
     }
 }
 
@@ -287,8 +315,8 @@ impl Disk for Directory {
             other => other?,
         };
         let path = self.path_of(folder, "");
-        let entries = rustix::fs::Dir::new(directory)
-            .map_err(|source| Error::io("list", &path, source))?;
+        let entries =
+            rustix::fs::Dir::new(directory).map_err(|source| Error::io("list", &path, source))?;
         let mut names = Vec::new();
         for entry in entries {
             let entry = entry.map_err(|source| Error::io("list", &path, source))?;
@@ -306,11 +334,8 @@ impl Disk for Directory {
 
     fn create(&self, folder: Folder, name: &str) -> Result<Box<dyn DiskFile>> {
         self.remove(folder, name)?;
-        let flags = OFlags::RDWR
-            | OFlags::CREATE
-            | OFlags::EXCL
-            | OFlags::CLOEXEC
-            | OFlags::NOFOLLOW;
+        let flags =
+            OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC | OFlags::NOFOLLOW;
         Ok(Box::new(self.file(folder, name, flags, "make")?))
     }
 
@@ -362,7 +387,10 @@ impl Disk for Directory {
     }
 
     fn lock(&self) -> Result<Box<dyn Lock>> {
-        Ok(Box::new(crate::lock::FileLock::take(&self.path, self.root.as_fd())?))
+        Ok(Box::new(crate::lock::FileLock::take(
+            &self.path,
+            self.root.as_fd(),
+        )?))
     }
 }
 
@@ -378,7 +406,11 @@ impl OpenFile {
         if full.contains(&source.raw_os_error()) {
             let free = rustix::fs::fstatvfs(&self.file)
                 .map_or(0, |stat| stat.f_bavail.saturating_mul(stat.f_frsize));
-            return Error::Full { path: self.path.clone(), needed, free };
+            return Error::Full {
+                path: self.path.clone(),
+                needed,
+                free,
+            };
         }
         Error::io("write", &self.path, source)
     }

@@ -241,13 +241,25 @@ fn list(versions: &[u64]) -> String {
     if versions.is_empty() {
         return String::from("none");
     }
-    versions.iter().map(u64::to_string).collect::<Vec<_>>().join(", ")
+    versions
+        .iter()
+        .map(u64::to_string)
+        .collect::<Vec<_>>()
+        .join(", ")
 }
 
 impl Error {
     /// Returns an I/O error with its path.
-    pub fn io(operation: &'static str, path: impl Into<PathBuf>, source: impl Into<io::Error>) -> Self {
-        Self::Io { operation, path: path.into(), source: source.into() }
+    pub fn io(
+        operation: &'static str,
+        path: impl Into<PathBuf>,
+        source: impl Into<io::Error>,
+    ) -> Self {
+        Self::Io {
+            operation,
+            path: path.into(),
+            source: source.into(),
+        }
     }
 
     /// Returns whether this is the system saying that a file does not exist.

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use crate::error::{Error, Result};
 use crate::shard::length;
+use crate::source::Sink;
 use crate::store::{Opened, Store, View};
 
 /// Where one wanted row lies.
@@ -29,17 +30,23 @@ impl Store {
         &self,
         site: usize,
         rows: &[i64],
-        out: &mut [u8],
+        out: &mut dyn Sink,
         (offset, stride): (usize, usize),
         verify: bool,
     ) -> Result<()> {
         let row_bytes = length(self.plan().row_bytes(site));
         for &row in rows {
             if u64::try_from(row).map_or(true, |row| row >= self.rows()) {
-                return Err(Error::Row { row, rows: self.rows() });
+                return Err(Error::Row {
+                    row,
+                    rows: self.rows(),
+                });
             }
         }
-        let needed = rows.len().checked_sub(1).map_or(0, |last| last * stride + offset + row_bytes);
+        let needed = rows
+            .len()
+            .checked_sub(1)
+            .map_or(0, |last| last * stride + offset + row_bytes);
         if out.len() < needed {
             return Err(Error::Mismatch {
                 what: String::from("bytes of the buffer to gather into"),
@@ -51,8 +58,17 @@ impl Store {
         self.with_view(|view| {
             let mut out = out.borrow_mut();
             let (shards, located) = self.locate_rows(view, rows)?;
-            let target = Target { out: &mut out, offset, stride, row_bytes };
-            if verify { copy_checked(&shards, &located, site, target) } else { copy(&shards, &located, site, target) }
+            let target = Target {
+                out: &mut **out,
+                offset,
+                stride,
+                row_bytes,
+            };
+            if verify {
+                copy_checked(&shards, &located, site, target)
+            } else {
+                copy(&shards, &located, site, target)
+            }
         })
     }
 
@@ -75,14 +91,17 @@ impl Store {
                 shard
             };
             let start = view.starts.get(index).map_or(0, |start| start.row);
-            located.push(Located { shard, row: row - start });
+            located.push(Located {
+                shard,
+                row: row - start,
+            });
         }
         Ok((shards, located))
     }
 }
 
 struct Target<'a> {
-    out: &'a mut [u8],
+    out: &'a mut dyn Sink,
     offset: usize,
     stride: usize,
     row_bytes: usize,
@@ -91,8 +110,8 @@ struct Target<'a> {
 impl Target<'_> {
     fn put(&mut self, index: usize, row: Option<&[u8]>) {
         let at = index * self.stride + self.offset;
-        if let (Some(to), Some(from)) = (self.out.get_mut(at..at + self.row_bytes), row) {
-            to.copy_from_slice(from);
+        if let Some(row) = row {
+            self.out.copy_from(at, row);
         }
     }
 }
@@ -107,13 +126,17 @@ fn copy(
         .iter()
         .map(|opened| {
             let region = opened.shard.layout().site(site);
-            region.and_then(|region| opened.shard.region_bytes(region)).unwrap_or_default()
+            region
+                .and_then(|region| opened.shard.region_bytes(region))
+                .unwrap_or_default()
         })
         .collect();
     let row_bytes = target.row_bytes;
     for (index, place) in located.iter().enumerate() {
         let from = length(place.row) * row_bytes;
-        let bytes = regions.get(place.shard).and_then(|region| region.get(from..from + row_bytes));
+        let bytes = regions
+            .get(place.shard)
+            .and_then(|region| region.get(from..from + row_bytes));
         target.put(index, bytes);
     }
     Ok(())
@@ -126,15 +149,24 @@ fn copy_checked(
     mut target: Target<'_>,
 ) -> Result<()> {
     let mut order: Vec<usize> = (0..located.len()).collect();
-    let place = |index: usize| located.get(index).copied().unwrap_or(Located { shard: 0, row: 0 });
+    let place = |index: usize| {
+        located
+            .get(index)
+            .copied()
+            .unwrap_or(Located { shard: 0, row: 0 })
+    };
     order.sort_unstable_by_key(|&index| (place(index).shard, place(index).row));
     let row_bytes = target.row_bytes as u64;
     let mut held: Option<(usize, u64)> = None;
     let mut scratch = Vec::new();
     for index in order {
         let wanted = place(index);
-        let Some(opened) = shards.get(wanted.shard) else { continue };
-        let Some(region) = opened.shard.layout().site(site) else { continue };
+        let Some(opened) = shards.get(wanted.shard) else {
+            continue;
+        };
+        let Some(region) = opened.shard.layout().site(site) else {
+            continue;
+        };
         let block = wanted.row * row_bytes / region.block_bytes;
         let begin = block * region.block_bytes;
         if held != Some((wanted.shard, block)) {

@@ -23,16 +23,38 @@ pub(crate) fn reserved_bytes(plan: &Plan) -> Result<u64> {
     let mut json = open(WIDEST);
     let tensors = plan.sites().len() + Side::all(plan.texts()).count();
     for index in 0..tensors {
-        entry(&mut json, &format!("#pad.{index}"), "U8", &[WIDEST], (WIDEST, WIDEST));
+        entry(
+            &mut json,
+            &format!("#pad.{index}"),
+            "U8",
+            &[WIDEST],
+            (WIDEST, WIDEST),
+        );
     }
     for site in plan.sites() {
         let mut shape = vec![WIDEST];
         shape.resize(1 + site.shape.len(), WIDEST);
-        entry(&mut json, &site.path, site.dtype.safetensors(), &shape, (WIDEST, WIDEST));
+        entry(
+            &mut json,
+            &site.path,
+            site.dtype.safetensors(),
+            &shape,
+            (WIDEST, WIDEST),
+        );
     }
     for side in Side::all(plan.texts()) {
-        let shape: &[u64] = if side == Side::Xxh3 { &[WIDEST, WIDEST] } else { &[WIDEST] };
-        entry(&mut json, side.name(), side.dtype().safetensors(), shape, (WIDEST, WIDEST));
+        let shape: &[u64] = if side == Side::Xxh3 {
+            &[WIDEST, WIDEST]
+        } else {
+            &[WIDEST]
+        };
+        entry(
+            &mut json,
+            side.name(),
+            side.dtype().safetensors(),
+            shape,
+            (WIDEST, WIDEST),
+        );
     }
     json.push('}');
     let bytes = (8 + json.len() as u64).next_multiple_of(PAGE);
@@ -47,25 +69,43 @@ pub(crate) fn reserved_bytes(plan: &Plan) -> Result<u64> {
 }
 
 /// Returns the length field and the header of a shard, spaces included.
-pub fn header(plan: &Plan, layout: &Layout, head: u64) -> Vec<u8> {
+pub(crate) fn header(plan: &Plan, layout: &Layout, head: u64) -> Vec<u8> {
     let mut json = open(head);
     for region in &layout.regions {
         let begin = region.offset - layout.header_bytes;
         let span = (begin, begin + region.bytes);
         match region.tensor {
             Tensor::Pad(index) => {
-                entry(&mut json, &format!("#pad.{index}"), "U8", &[region.bytes], span);
+                entry(
+                    &mut json,
+                    &format!("#pad.{index}"),
+                    "U8",
+                    &[region.bytes],
+                    span,
+                );
             }
             Tensor::Site(index) => {
                 if let Some(site) = plan.sites().get(index) {
                     let mut shape = vec![layout.size.rows];
                     shape.extend(&site.shape);
-                    entry(&mut json, &site.path, site.dtype.safetensors(), &shape, span);
+                    entry(
+                        &mut json,
+                        &site.path,
+                        site.dtype.safetensors(),
+                        &shape,
+                        span,
+                    );
                 }
             }
             Tensor::Side(side) => {
                 let shape = side_shape(side, region);
-                entry(&mut json, side.name(), side.dtype().safetensors(), &shape, span);
+                entry(
+                    &mut json,
+                    side.name(),
+                    side.dtype().safetensors(),
+                    &shape,
+                    span,
+                );
             }
         }
     }
@@ -79,7 +119,11 @@ pub fn header(plan: &Plan, layout: &Layout, head: u64) -> Vec<u8> {
 
 fn side_shape(side: Side, region: &Region) -> Vec<u64> {
     let elements = region.bytes / side.dtype().size();
-    if side == Side::Xxh3 { vec![elements / 2, 2] } else { vec![elements] }
+    if side == Side::Xxh3 {
+        vec![elements / 2, 2]
+    } else {
+        vec![elements]
+    }
 }
 
 fn open(head: u64) -> String {
@@ -88,7 +132,11 @@ fn open(head: u64) -> String {
 
 fn entry(json: &mut String, name: &str, dtype: &str, shape: &[u64], (begin, end): (u64, u64)) {
     let name = serde_json::Value::from(name);
-    let shape = shape.iter().map(u64::to_string).collect::<Vec<_>>().join(",");
+    let shape = shape
+        .iter()
+        .map(u64::to_string)
+        .collect::<Vec<_>>()
+        .join(",");
     // Writing to a String cannot fail.
     let _ = write!(
         json,

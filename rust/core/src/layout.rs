@@ -40,16 +40,27 @@ impl SiteSpec {
     ///
     /// [`Error::Site`] if a dimension is zero or the product overflows.
     pub fn row_bytes(&self) -> Result<u64> {
-        let site = |found: String| Error::Site { path: self.path.clone(), found };
+        let site = |found: String| Error::Site {
+            path: self.path.clone(),
+            found,
+        };
         if self.shape.contains(&0) {
-            return Err(site(format!("its feature shape {:?} has a zero", self.shape)));
+            return Err(site(format!(
+                "its feature shape {:?} has a zero",
+                self.shape
+            )));
         }
         self.shape
             .iter()
-            .try_fold(self.dtype.size(), |bytes, &dimension| bytes.checked_mul(dimension))
+            .try_fold(self.dtype.size(), |bytes, &dimension| {
+                bytes.checked_mul(dimension)
+            })
             .filter(|&bytes| bytes <= MAX_ROW_BYTES)
             .ok_or_else(|| {
-                site(format!("a row of shape {:?} is over {MAX_ROW_BYTES} bytes", self.shape))
+                site(format!(
+                    "a row of shape {:?} is over {MAX_ROW_BYTES} bytes",
+                    self.shape
+                ))
             })
     }
 }
@@ -138,7 +149,10 @@ pub enum Tensor {
 
 /// The side tensors, in file order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-#[expect(missing_docs, reason = "named in `Side::name`, explained in docs/format.md")]
+#[expect(
+    missing_docs,
+    reason = "named in `Side::name`, explained in docs/format.md"
+)]
 pub enum Side {
     RowToken,
     RowPosition,
@@ -295,7 +309,9 @@ fn too_large(what: &str) -> Error {
 pub fn rows_per_shard(sites: &[SiteSpec], shard_bytes: u64) -> Result<u64> {
     let mut bytes = ROW_TABLE_BYTES;
     for site in sites {
-        bytes = bytes.checked_add(site.row_bytes()?).ok_or_else(|| too_large("one row"))?;
+        bytes = bytes
+            .checked_add(site.row_bytes()?)
+            .ok_or_else(|| too_large("one row"))?;
     }
     let rows = (shard_bytes / bytes).clamp(1, MAX_ROWS);
     Ok(1 << rows.ilog2())
@@ -317,7 +333,10 @@ impl Plan {
                 found: rows_per_shard.to_string(),
             });
         }
-        let row_bytes = sites.iter().map(SiteSpec::row_bytes).collect::<Result<Vec<_>>>()?;
+        let row_bytes = sites
+            .iter()
+            .map(SiteSpec::row_bytes)
+            .collect::<Result<Vec<_>>>()?;
         let mut names: Vec<&str> = sites.iter().map(|site| site.path.as_str()).collect();
         names.sort_unstable();
         for pair in names.windows(2) {
@@ -338,9 +357,18 @@ impl Plan {
                 });
             }
         }
-        let mut plan = Self { sites, row_bytes, rows_per_shard, texts, header_bytes: 0 };
+        let mut plan = Self {
+            sites,
+            row_bytes,
+            rows_per_shard,
+            texts,
+            header_bytes: 0,
+        };
         plan.header_bytes = crate::header::reserved_bytes(&plan)?;
-        plan.layout(&Size { rows: rows_per_shard, ..Size::default() })?;
+        plan.layout(&Size {
+            rows: rows_per_shard,
+            ..Size::default()
+        })?;
         Ok(plan)
     }
 
@@ -396,8 +424,15 @@ impl Plan {
         };
         let mut sites = Vec::with_capacity(self.sites.len());
         for (site, &row_bytes) in self.row_bytes.iter().enumerate() {
-            let alignment = if full { self.tier(site).alignment() } else { PAGE };
-            let bytes = size.rows.checked_mul(row_bytes).ok_or_else(|| too_large("a shard"))?;
+            let alignment = if full {
+                self.tier(site).alignment()
+            } else {
+                PAGE
+            };
+            let bytes = size
+                .rows
+                .checked_mul(row_bytes)
+                .ok_or_else(|| too_large("a shard"))?;
             let block_bytes = block_rows(row_bytes) * row_bytes;
             sites.push(builder.add(Tensor::Site(site), alignment, bytes, block_bytes)?);
         }
@@ -428,7 +463,14 @@ impl Plan {
             return Err(too_large("a shard"));
         }
         let regions = builder.regions;
-        Ok(Layout { size: *size, regions, sites, sides, header_bytes: self.header_bytes, file_bytes })
+        Ok(Layout {
+            size: *size,
+            regions,
+            sites,
+            sides,
+            header_bytes: self.header_bytes,
+            file_bytes,
+        })
     }
 }
 
@@ -457,8 +499,13 @@ impl Builder {
     }
 
     fn push(&mut self, tensor: Tensor, bytes: u64, block_bytes: u64) -> Result<()> {
-        let region =
-            Region { tensor, offset: self.offset, bytes, first_crc: self.crc, block_bytes };
+        let region = Region {
+            tensor,
+            offset: self.offset,
+            bytes,
+            first_crc: self.crc,
+            block_bytes,
+        };
         self.crc += region.blocks();
         self.offset = self
             .offset
@@ -476,8 +523,16 @@ mod tests {
 
     fn sites() -> Vec<SiteSpec> {
         vec![
-            SiteSpec { path: "model.a.output".into(), dtype: Dtype::Bf16, shape: vec![576] },
-            SiteSpec { path: "model.b.output".into(), dtype: Dtype::I8, shape: vec![] },
+            SiteSpec {
+                path: "model.a.output".into(),
+                dtype: Dtype::Bf16,
+                shape: vec![576],
+            },
+            SiteSpec {
+                path: "model.b.output".into(),
+                dtype: Dtype::I8,
+                shape: vec![],
+            },
         ]
     }
 
@@ -485,8 +540,18 @@ mod tests {
     fn regions_follow_each_other_without_holes_and_are_aligned() {
         let plan = Plan::new(sites(), 4096, true).unwrap();
         for size in [
-            Size { rows: 4096, prompts: 3, ids: 5001, text_bytes: 77 },
-            Size { rows: 17, prompts: 2, ids: 40, text_bytes: 1 },
+            Size {
+                rows: 4096,
+                prompts: 3,
+                ids: 5001,
+                text_bytes: 77,
+            },
+            Size {
+                rows: 17,
+                prompts: 2,
+                ids: 40,
+                text_bytes: 1,
+            },
             Size::default(),
         ] {
             let layout = plan.layout(&size).unwrap();
@@ -512,8 +577,22 @@ mod tests {
     #[test]
     fn full_shards_have_the_same_site_offsets_whatever_their_prompts() {
         let plan = Plan::new(sites(), 1024, false).unwrap();
-        let one = plan.layout(&Size { rows: 1024, prompts: 1, ids: 9, text_bytes: 0 }).unwrap();
-        let two = plan.layout(&Size { rows: 1024, prompts: 800, ids: 4000, text_bytes: 0 }).unwrap();
+        let one = plan
+            .layout(&Size {
+                rows: 1024,
+                prompts: 1,
+                ids: 9,
+                text_bytes: 0,
+            })
+            .unwrap();
+        let two = plan
+            .layout(&Size {
+                rows: 1024,
+                prompts: 800,
+                ids: 4000,
+                text_bytes: 0,
+            })
+            .unwrap();
         for site in 0..2 {
             assert_eq!(one.site(site), two.site(site));
         }
@@ -522,7 +601,11 @@ mod tests {
     #[test]
     fn tiers_follow_from_the_region_of_a_full_shard() {
         let tier = |bytes: u64, rows: u64| {
-            let site = SiteSpec { path: "x".into(), dtype: Dtype::U8, shape: vec![bytes] };
+            let site = SiteSpec {
+                path: "x".into(),
+                dtype: Dtype::U8,
+                shape: vec![bytes],
+            };
             Plan::new(vec![site], rows, false).unwrap().tier(0)
         };
         assert_eq!(tier(1536, 4096), Tier::Huge);
@@ -544,19 +627,36 @@ mod tests {
         assert_eq!(rows_per_shard(&[], SHARD_BYTES).unwrap(), MAX_ROWS);
         assert_eq!(rows_per_shard(&thirty, 1).unwrap(), 1);
         // The row tables count: 7 + 9 bytes a row, 16 rows in 256 bytes.
-        let seven = [SiteSpec { path: "x".into(), dtype: Dtype::U8, shape: vec![7] }];
+        let seven = [SiteSpec {
+            path: "x".into(),
+            dtype: Dtype::U8,
+            shape: vec![7],
+        }];
         assert_eq!(rows_per_shard(&seven, 256).unwrap(), 16);
         assert_eq!(rows_per_shard(&seven, 255).unwrap(), 8);
     }
 
     #[test]
     fn sizes_that_overflow_are_errors() {
-        let huge = SiteSpec { path: "x".into(), dtype: Dtype::F64, shape: vec![u64::MAX, 2] };
+        let huge = SiteSpec {
+            path: "x".into(),
+            dtype: Dtype::F64,
+            shape: vec![u64::MAX, 2],
+        };
         assert!(Plan::new(vec![huge], 1024, false).is_err());
-        let zero = SiteSpec { path: "x".into(), dtype: Dtype::F64, shape: vec![4, 0] };
+        let zero = SiteSpec {
+            path: "x".into(),
+            dtype: Dtype::F64,
+            shape: vec![4, 0],
+        };
         assert!(Plan::new(vec![zero], 1024, false).is_err());
         let plan = Plan::new(sites(), 1024, false).unwrap();
-        let size = Size { rows: 5, prompts: u64::MAX, ids: u64::MAX, text_bytes: 0 };
+        let size = Size {
+            rows: 5,
+            prompts: u64::MAX,
+            ids: u64::MAX,
+            text_bytes: 0,
+        };
         assert!(plan.layout(&size).is_err());
     }
 }

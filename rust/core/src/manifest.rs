@@ -68,7 +68,10 @@ pub fn is_shard_file_name(file: &str) -> bool {
 }
 
 fn is_hex_name(name: &str) -> bool {
-    name.len() == 32 && name.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
+    name.len() == 32
+        && name
+            .bytes()
+            .all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
 }
 
 /// Returns the file name of version `version`.
@@ -130,15 +133,18 @@ pub struct Manifest {
 impl Manifest {
     /// Returns rows and prompts in all.
     pub fn totals(&self) -> (u64, u64) {
-        self.shards
-            .iter()
-            .fold((0, 0), |(rows, prompts), shard| (rows + shard.rows, prompts + shard.prompts))
+        self.shards.iter().fold((0, 0), |(rows, prompts), shard| {
+            (rows + shard.rows, prompts + shard.prompts)
+        })
     }
 
     /// Returns how many shards at the front are full.
     pub fn full_shards(&self) -> usize {
         let rows = self.plan.rows_per_shard();
-        self.shards.iter().take_while(|shard| shard.rows == rows).count()
+        self.shards
+            .iter()
+            .take_while(|shard| shard.rows == rows)
+            .count()
     }
 
     /// Returns the file's bytes.
@@ -151,7 +157,13 @@ impl Manifest {
             .plan
             .sites()
             .iter()
-            .map(|site| (site.path.clone(), site.dtype.safetensors().to_owned(), site.shape.clone()))
+            .map(|site| {
+                (
+                    site.path.clone(),
+                    site.dtype.safetensors().to_owned(),
+                    site.shape.clone(),
+                )
+            })
             .collect();
         let body = Body {
             lamina: 1,
@@ -239,7 +251,10 @@ fn check_shards(plan: &Plan, shards: &[Entry]) -> Result<(), String> {
             return Err(format!("a shard is called {:?}", shard.name));
         }
         if shard.rows > limit || shard.head > shard.rows {
-            return Err(format!("shard {} has {} rows, {} head", shard.name, shard.rows, shard.head));
+            return Err(format!(
+                "shard {} has {} rows, {} head",
+                shard.name, shard.rows, shard.head
+            ));
         }
         short |= shard.rows < limit;
         if short {
@@ -249,12 +264,21 @@ fn check_shards(plan: &Plan, shards: &[Entry]) -> Result<(), String> {
             return Err(format!("its short shards have more than {limit} rows"));
         }
         let total = |sum: u64, more: u64| {
-            sum.checked_add(more).filter(|&sum| sum < 1 << 63).ok_or("its sums overflow")
+            sum.checked_add(more)
+                .filter(|&sum| sum < 1 << 63)
+                .ok_or("its sums overflow")
         };
         rows = total(rows, shard.rows)?;
         prompts = total(prompts, shard.prompts)?;
-        if shard.counts.iter().any(|&[site, ..]| site >= plan.sites().len() as u64) {
-            return Err(format!("shard {} counts a site that is not there", shard.name));
+        if shard
+            .counts
+            .iter()
+            .any(|&[site, ..]| site >= plan.sites().len() as u64)
+        {
+            return Err(format!(
+                "shard {} counts a site that is not there",
+                shard.name
+            ));
         }
     }
     Ok(())
@@ -265,7 +289,11 @@ mod tests {
     use super::*;
 
     fn manifest() -> Manifest {
-        let site = SiteSpec { path: "model.a.output".into(), dtype: Dtype::F32, shape: vec![4] };
+        let site = SiteSpec {
+            path: "model.a.output".into(),
+            dtype: Dtype::F32,
+            shape: vec![4],
+        };
         Manifest {
             store: "ab".repeat(16),
             version: 3,

@@ -34,14 +34,20 @@ pub(crate) fn read_version(disk: &dyn Disk, version: u64) -> Result<Manifest> {
     let path = disk.root().join(Folder::Manifests.name()).join(&name);
     let bytes = file.id()?.bytes;
     let decoded = if bytes > manifest::MAX_BYTES {
-        Err(format!("it has {bytes} bytes, more than {}", manifest::MAX_BYTES))
+        Err(format!(
+            "it has {bytes} bytes, more than {}",
+            manifest::MAX_BYTES
+        ))
     } else {
         let mut text = vec![0; crate::shard::length(bytes)];
         file.read_at(0, &mut text)?;
         Manifest::decode(&text, version)
     };
     decoded.map_err(|found| {
-        let older = versions(disk).unwrap_or_default().into_iter().find(|&other| other < version);
+        let older = versions(disk)
+            .unwrap_or_default()
+            .into_iter()
+            .find(|&other| other < version);
         Error::Manifest { path, found, older }
     })
 }
@@ -61,7 +67,10 @@ pub(crate) fn check_format(disk: &dyn Disk) -> Result<()> {
     if major == Some(1) {
         Ok(())
     } else {
-        Err(Error::Newer { path: disk.root().to_owned(), found })
+        Err(Error::Newer {
+            path: disk.root().to_owned(),
+            found,
+        })
     }
 }
 
@@ -74,8 +83,11 @@ pub(crate) fn refuse_foreign(disk: &dyn Disk) -> Result<Vec<String>> {
         return Ok(names);
     }
     let ours = [FORMAT_FILE, LOCK, OWNER, "manifests", "shards", "spool"];
-    let mut foreign: Vec<String> =
-        names.iter().filter(|name| !ours.contains(&name.as_str())).cloned().collect();
+    let mut foreign: Vec<String> = names
+        .iter()
+        .filter(|name| !ours.contains(&name.as_str()))
+        .cloned()
+        .collect();
     for name in disk.list(Folder::Manifests)? {
         if manifest::version_of(&name).is_none() && name != NEXT {
             foreign.push(format!("manifests/{name}"));
@@ -94,7 +106,10 @@ pub(crate) fn refuse_foreign(disk: &dyn Disk) -> Result<Vec<String>> {
     if more > 0 {
         foreign.push(format!("and {more} more"));
     }
-    Err(Error::Foreign { path: disk.root().to_owned(), found: foreign })
+    Err(Error::Foreign {
+        path: disk.root().to_owned(),
+        found: foreign,
+    })
 }
 
 /// Takes the lock again and checks that nobody else has published.
@@ -104,7 +119,11 @@ pub(crate) fn check_turn(disk: &dyn Disk, lock: &dyn Lock, expected: u64) -> Res
     if found == expected {
         Ok(())
     } else {
-        Err(Error::Overtaken { path: disk.root().to_owned(), expected, found })
+        Err(Error::Overtaken {
+            path: disk.root().to_owned(),
+            expected,
+            found,
+        })
     }
 }
 
@@ -154,8 +173,10 @@ pub(crate) fn publish_version(disk: &dyn Disk, lock: &dyn Lock, manifest: &Manif
     let version = manifest.version;
     check_turn(disk, lock, version - 1)?;
     disk.sync_folder(Folder::Shards)?;
-    let bytes =
-        manifest.encode().map_err(|source| Error::Json { what: "the manifest", source })?;
+    let bytes = manifest.encode().map_err(|source| Error::Json {
+        what: "the manifest",
+        source,
+    })?;
     let file = disk.create(Folder::Manifests, NEXT)?;
     file.write_at(0, &bytes)?;
     file.sync()?;
@@ -164,7 +185,11 @@ pub(crate) fn publish_version(disk: &dyn Disk, lock: &dyn Lock, manifest: &Manif
     let found = versions(disk)?.first().copied().unwrap_or(0);
     if !linked || found != version {
         let path = disk.root().to_owned();
-        return Err(Error::Overtaken { path, expected: version - 1, found });
+        return Err(Error::Overtaken {
+            path,
+            expected: version - 1,
+            found,
+        });
     }
     disk.sync_folder(Folder::Manifests)
 }
@@ -182,8 +207,11 @@ pub(crate) fn clean_up(disk: &dyn Disk, lock: &dyn Lock, keep: &[&Manifest]) -> 
             remove(Folder::Manifests, &manifest::file_name(version))?;
         }
     }
-    let named: BTreeSet<String> =
-        keep.iter().flat_map(|manifest| &manifest.shards).map(Entry::file_name).collect();
+    let named: BTreeSet<String> = keep
+        .iter()
+        .flat_map(|manifest| &manifest.shards)
+        .map(Entry::file_name)
+        .collect();
     for name in disk.list(Folder::Shards)? {
         if manifest::is_shard_file_name(&name) && !named.contains(&name) {
             remove(Folder::Shards, &name)?;

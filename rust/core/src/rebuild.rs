@@ -61,7 +61,9 @@ fn read_rows(
 ) -> Result<()> {
     let sites = (0..plan.sites().len()).filter_map(|site| shard.layout().site(site));
     let tables = [Side::RowToken, Side::RowPosition, Side::RowFlags];
-    let tables = tables.into_iter().filter_map(|side| shard.layout().side(side));
+    let tables = tables
+        .into_iter()
+        .filter_map(|side| shard.layout().side(side));
     for (stream, region) in sites.chain(tables).enumerate() {
         shard.read_checked(region, (0, region.bytes), &mut |bytes| {
             take(Step::Rows { stream, bytes })
@@ -102,7 +104,10 @@ fn read_prompts(
         for index in next..upto {
             let length = lengths.get(index).copied().unwrap_or(0);
             let ids = split(&mut id_rest, 4 * length);
-            let text = split(&mut text_rest, text_lengths.get(index).copied().unwrap_or(0));
+            let text = split(
+                &mut text_rest,
+                text_lengths.get(index).copied().unwrap_or(0),
+            );
             records.push(PromptRecord {
                 rows: rows.get(index).copied().unwrap_or(0),
                 length,
@@ -110,7 +115,10 @@ fn read_prompts(
                 text: std::str::from_utf8(text).ok(),
             });
         }
-        take(Step::Prompts { records: &records, boundary })?;
+        take(Step::Prompts {
+            records: &records,
+            boundary,
+        })?;
         (next, start) = (upto, chunk_start);
         ids_at += ids;
         text_at += text;

@@ -5,9 +5,21 @@ use crate::dtype::Dtype;
 /// Returns how many of the values in `bytes` are NaN and how many infinite; integers have none.
 pub fn not_finite(dtype: Dtype, bytes: &[u8]) -> (u64, u64) {
     match dtype {
-        Dtype::F32 => count(bytes, |chunk: [u8; 4]| u32::from_le_bytes(chunk) & 0x7fff_ffff, 0x7f80_0000),
-        Dtype::F16 => count(bytes, |chunk: [u8; 2]| u16::from_le_bytes(chunk) & 0x7fff, 0x7c00),
-        Dtype::Bf16 => count(bytes, |chunk: [u8; 2]| u16::from_le_bytes(chunk) & 0x7fff, 0x7f80),
+        Dtype::F32 => count(
+            bytes,
+            |chunk: [u8; 4]| u32::from_le_bytes(chunk) & 0x7fff_ffff,
+            0x7f80_0000,
+        ),
+        Dtype::F16 => count(
+            bytes,
+            |chunk: [u8; 2]| u16::from_le_bytes(chunk) & 0x7fff,
+            0x7c00,
+        ),
+        Dtype::Bf16 => count(
+            bytes,
+            |chunk: [u8; 2]| u16::from_le_bytes(chunk) & 0x7fff,
+            0x7f80,
+        ),
         Dtype::F64 => count(
             bytes,
             |chunk: [u8; 8]| u64::from_le_bytes(chunk) & 0x7fff_ffff_ffff_ffff,
@@ -56,10 +68,17 @@ mod tests {
 
     #[test]
     fn nan_and_infinity_are_counted_in_every_float_type() {
-        let f32s: Vec<u8> = [1.0, f32::NAN, f32::INFINITY, f32::NEG_INFINITY, f32::MAX, -0.0]
-            .iter()
-            .flat_map(|value: &f32| value.to_bits().to_le_bytes())
-            .collect();
+        let f32s: Vec<u8> = [
+            1.0,
+            f32::NAN,
+            f32::INFINITY,
+            f32::NEG_INFINITY,
+            f32::MAX,
+            -0.0,
+        ]
+        .iter()
+        .flat_map(|value: &f32| value.to_bits().to_le_bytes())
+        .collect();
         assert_eq!(not_finite(Dtype::F32, &f32s), (1, 2));
         let f64s: Vec<u8> = [f64::NAN, -f64::NAN, f64::INFINITY, 3.0]
             .iter()
@@ -67,10 +86,19 @@ mod tests {
             .collect();
         assert_eq!(not_finite(Dtype::F64, &f64s), (2, 1));
         let halves = |values: &[u16]| -> Vec<u8> {
-            values.iter().flat_map(|value| value.to_le_bytes()).collect()
+            values
+                .iter()
+                .flat_map(|value| value.to_le_bytes())
+                .collect()
         };
-        assert_eq!(not_finite(Dtype::Bf16, &halves(&[0x7f80, 0xff80, 0x7fc0, 0x3f80])), (1, 2));
-        assert_eq!(not_finite(Dtype::F16, &halves(&[0x7c00, 0xfe00, 0x7bff])), (1, 1));
+        assert_eq!(
+            not_finite(Dtype::Bf16, &halves(&[0x7f80, 0xff80, 0x7fc0, 0x3f80])),
+            (1, 2)
+        );
+        assert_eq!(
+            not_finite(Dtype::F16, &halves(&[0x7c00, 0xfe00, 0x7bff])),
+            (1, 1)
+        );
         assert_eq!(not_finite(Dtype::F8E4M3, &[0x7f, 0xff, 0x7e, 0]), (2, 0));
         assert_eq!(not_finite(Dtype::F8E5M2, &[0x7c, 0xfc, 0x7d, 0x7b]), (1, 2));
         assert_eq!(not_finite(Dtype::I32, &[0xff; 8]), (0, 0));

@@ -79,9 +79,17 @@ impl Opened {
         let (Some(starts), Some(ids)) = (sums(entry.head, &rows), sums(0, &lengths)) else {
             let place = crate::shard::place(entry, self.shard.start(), "#prompt.rows", (0, 0));
             let found = String::from("its sums overflow");
-            return Err(Error::Damaged { place: Box::new(place), found });
+            return Err(Error::Damaged {
+                place: Box::new(place),
+                found,
+            });
         };
-        Ok(self.prompts.get_or_init(|| PromptIndex { rows, lengths, starts, ids }))
+        Ok(self.prompts.get_or_init(|| PromptIndex {
+            rows,
+            lengths,
+            starts,
+            ids,
+        }))
     }
 
     /// Returns the bytes of a row table, checked at the first call.
@@ -91,11 +99,14 @@ impl Opened {
             Side::RowPosition => 1,
             _ => 2,
         };
-        let Some(region) = self.shard.layout().side(side) else { return Ok(&[]) };
+        let Some(region) = self.shard.layout().side(side) else {
+            return Ok(&[]);
+        };
         if let Some(checked) = self.checked.get(index)
             && checked.get().is_none()
         {
-            self.shard.read_checked(region, (0, region.bytes), &mut |_| Ok(()))?;
+            self.shard
+                .read_checked(region, (0, region.bytes), &mut |_| Ok(()))?;
             checked.get_or_init(|| ());
         }
         Ok(self.shard.region_bytes(region).unwrap_or_default())
@@ -116,7 +127,12 @@ impl View {
             })
             .collect();
         let full = manifest.full_shards();
-        Self { manifest: Arc::new(manifest), starts, full, shards: Mutex::default() }
+        Self {
+            manifest: Arc::new(manifest),
+            starts,
+            full,
+            shards: Mutex::default(),
+        }
     }
 
     /// Returns the shard that holds `row`, which the caller knows to exist.
@@ -125,12 +141,16 @@ impl View {
         if by_size < self.full {
             return by_size;
         }
-        self.starts.partition_point(|start| start.row <= row).saturating_sub(1)
+        self.starts
+            .partition_point(|start| start.row <= row)
+            .saturating_sub(1)
     }
 
     /// Returns the shard whose table has `prompt`, which the caller knows to exist.
     pub(crate) fn shard_of_prompt(&self, prompt: u64) -> usize {
-        self.starts.partition_point(|start| start.prompt <= prompt).saturating_sub(1)
+        self.starts
+            .partition_point(|start| start.prompt <= prompt)
+            .saturating_sub(1)
     }
 
     /// Returns shard `index`, checked at its first use.
@@ -145,7 +165,11 @@ impl View {
             return Err(Error::NotFound { path });
         };
         let shard = Shard::open(disk, &self.manifest.plan, entry, start)?.mapped()?;
-        let opened = Opened { shard, prompts: OnceLock::new(), checked: Default::default() };
+        let opened = Opened {
+            shard,
+            prompts: OnceLock::new(),
+            checked: Default::default(),
+        };
         let opened = Arc::new(opened);
         shards.insert(index, Arc::clone(&opened));
         Ok(opened)
@@ -174,7 +198,10 @@ impl Store {
                 return Err(if names.is_empty() {
                     Error::NotFound { path: path() }
                 } else {
-                    Error::NotReady { path: path(), owner }
+                    Error::NotReady {
+                        path: path(),
+                        owner,
+                    }
                 });
             }
             Err(error) => return Err(error),
@@ -182,12 +209,21 @@ impl Store {
         let manifest = match version {
             None => match newest(&*disk)? {
                 Some(manifest) => manifest,
-                None => return Err(Error::NotReady { path: path(), owner }),
+                None => {
+                    return Err(Error::NotReady {
+                        path: path(),
+                        owner,
+                    });
+                }
             },
             Some(version) => match publish::read_version(&*disk, version) {
                 Err(error) if error.is_not_found() => {
                     let present = publish::versions(&*disk)?;
-                    return Err(Error::NoVersion { path: path(), version, present });
+                    return Err(Error::NoVersion {
+                        path: path(),
+                        version,
+                        present,
+                    });
                 }
                 other => other?,
             },
@@ -199,7 +235,13 @@ impl Store {
         let (rows, prompts) = manifest.totals();
         let view = Arc::new(View::new(manifest));
         let manifest = Arc::clone(&view.manifest);
-        Self { disk, manifest, rows, prompts, view: Mutex::new(view) }
+        Self {
+            disk,
+            manifest,
+            rows,
+            prompts,
+            view: Mutex::new(view),
+        }
     }
 
     /// Returns the manifest of this version.
@@ -273,10 +315,15 @@ impl Store {
             };
             reloads += 1;
             let found = newest(&*self.disk)?.filter(|found| {
-                reloads <= MAX_RELOADS && found.store == self.manifest.store && found.version > source
+                reloads <= MAX_RELOADS
+                    && found.store == self.manifest.store
+                    && found.version > source
             });
             let Some(found) = found else {
-                return Err(Error::Missing { place, version: source });
+                return Err(Error::Missing {
+                    place,
+                    version: source,
+                });
             };
             let mut current = self.view.lock().unwrap_or_else(PoisonError::into_inner);
             if current.manifest.version < found.version {
@@ -289,7 +336,9 @@ impl Store {
 /// Reads the newest manifest; one that is removed meanwhile was not the newest.
 fn newest(disk: &dyn Disk) -> Result<Option<Manifest>> {
     for _ in 0..MAX_RELOADS {
-        let Some(&version) = publish::versions(disk)?.first() else { return Ok(None) };
+        let Some(&version) = publish::versions(disk)?.first() else {
+            return Ok(None);
+        };
         match publish::read_version(disk, version) {
             Err(error) if error.is_not_found() => {}
             other => return other.map(Some),

@@ -80,14 +80,24 @@ fn verify(
     let mut tasks = Vec::new();
     let mut total = 0;
     for (shard, entry) in view.manifest.shards.iter().enumerate() {
-        if view.starts.get(shard).is_some_and(|start| start.row >= rows && entry.rows > 0) {
+        if view
+            .starts
+            .get(shard)
+            .is_some_and(|start| start.row >= rows && entry.rows > 0)
+        {
             continue;
         }
         let layout = plan.layout(&entry.size())?;
-        tasks.push(Task { shard, region: None });
+        tasks.push(Task {
+            shard,
+            region: None,
+        });
         for (region, found) in layout.checked().enumerate() {
             total += found.bytes;
-            tasks.push(Task { shard, region: Some(region) });
+            tasks.push(Task {
+                shard,
+                region: Some(region),
+            });
         }
     }
     let work = Work {
@@ -106,7 +116,11 @@ fn verify(
         let workers: Vec<_> = (0..threads).map(|_| scope.spawn(|| work.run())).collect();
         let mut go_on = true;
         // Short for small stores, so that the last sleep does not dominate.
-        let pause = if total > SMALL_BYTES { PROGRESS_EVERY } else { PROGRESS_EVERY / 500 };
+        let pause = if total > SMALL_BYTES {
+            PROGRESS_EVERY
+        } else {
+            PROGRESS_EVERY / 500
+        };
         while workers.iter().any(|worker| !worker.is_finished()) {
             std::thread::sleep(pause);
             if go_on && !progress(work.done_bytes.load(Ordering::Relaxed), total) {
@@ -116,14 +130,23 @@ fn verify(
         }
         !go_on
     });
-    if let Some(failure) = work.failure.into_inner().unwrap_or_else(PoisonError::into_inner) {
+    if let Some(failure) = work
+        .failure
+        .into_inner()
+        .unwrap_or_else(PoisonError::into_inner)
+    {
         return Err(failure);
     }
     if stopped {
-        return Err(Error::Closed { reason: String::from("verifying was stopped") });
+        return Err(Error::Closed {
+            reason: String::from("verifying was stopped"),
+        });
     }
     progress(total, total);
-    let mut damages = work.damages.into_inner().unwrap_or_else(PoisonError::into_inner);
+    let mut damages = work
+        .damages
+        .into_inner()
+        .unwrap_or_else(PoisonError::into_inner);
     damages.sort_by(|first, second| {
         (first.place.rows, &first.place.site).cmp(&(second.place.rows, &second.place.site))
     });
@@ -174,7 +197,11 @@ impl Work<'_> {
         let entry = self.view.manifest.shards.get(index);
         let start = self.view.starts.get(index).copied().unwrap_or_default();
         entry.map_or_else(
-            || Err(Error::Closed { reason: String::from("a shard that is not there") }),
+            || {
+                Err(Error::Closed {
+                    reason: String::from("a shard that is not there"),
+                })
+            },
             |entry| Shard::open(self.disk, plan, entry, start),
         )
     }
@@ -188,29 +215,54 @@ impl Work<'_> {
     fn check_tables(&self, shard: &Shard) -> Result<()> {
         let whole = |site: &str, found: String| {
             let rows = (0, shard.entry().rows);
-            self.report(crate::shard::place(shard.entry(), shard.start(), site, rows), found);
+            self.report(
+                crate::shard::place(shard.entry(), shard.start(), site, rows),
+                found,
+            );
         };
         if !shard.header_is_canonical()? {
-            whole("header", String::from("it is not the header that the manifest's numbers give"));
+            whole(
+                "header",
+                String::from("it is not the header that the manifest's numbers give"),
+            );
         }
         let prompts = shard.side_u64(Side::PromptRows);
         let lengths = shard.side_u64(Side::PromptLength);
         // Damaged blocks are reported by the tensors' own tasks.
-        let (Ok(rows), Ok(lengths)) = (prompts, lengths) else { return Ok(()) };
-        let Entry { head, rows: own, ids, .. } = *shard.entry();
-        let sum = |values: &[u64]| values.iter().try_fold(0u64, |sum, &value| sum.checked_add(value));
+        let (Ok(rows), Ok(lengths)) = (prompts, lengths) else {
+            return Ok(());
+        };
+        let Entry {
+            head,
+            rows: own,
+            ids,
+            ..
+        } = *shard.entry();
+        let sum = |values: &[u64]| {
+            values
+                .iter()
+                .try_fold(0u64, |sum, &value| sum.checked_add(value))
+        };
         if sum(&lengths) != Some(ids) {
-            whole("#prompt.length", format!("its sum is not the {ids} ids of the shard"));
+            whole(
+                "#prompt.length",
+                format!("its sum is not the {ids} ids of the shard"),
+            );
         }
         let starts_within = sum(&rows).and_then(|sum| sum.checked_add(head));
         if starts_within.is_none_or(|covered| covered < own) {
-            whole("#prompt.rows", format!("its prompts do not cover the {own} rows of the shard"));
+            whole(
+                "#prompt.rows",
+                format!("its prompts do not cover the {own} rows of the shard"),
+            );
         }
         Ok(())
     }
 
     fn check_region(&self, shard: &Shard, index: usize) -> Result<()> {
-        let Some(region) = shard.layout().checked().nth(index).copied() else { return Ok(()) };
+        let Some(region) = shard.layout().checked().nth(index).copied() else {
+            return Ok(());
+        };
         let mut hash = xxhash_rust::xxh3::Xxh3::new();
         let mut buffer = Vec::new();
         let blocks_at_once = (READ_BYTES / region.block_bytes).max(1);
@@ -230,7 +282,9 @@ impl Work<'_> {
                     let recorded = shard.crc(&region, index).unwrap_or(0);
                     self.report(
                         shard.block_place(&region, index),
-                        format!("block {index} has the checksum {found:08x}, recorded is {recorded:08x}"),
+                        format!(
+                            "block {index} has the checksum {found:08x}, recorded is {recorded:08x}"
+                        ),
                     );
                 }
             }
@@ -251,7 +305,15 @@ impl Work<'_> {
             Tensor::Pad(_) => (0, 0),
             Tensor::Site(_) | Tensor::Side(_) => (0, shard.entry().rows),
         };
-        let place = crate::shard::place(shard.entry(), shard.start(), &shard.region_name(region), rows);
-        self.report(place, String::from("its XXH3-128 differs although every block's CRC32C agrees"));
+        let place = crate::shard::place(
+            shard.entry(),
+            shard.start(),
+            &shard.region_name(region),
+            rows,
+        );
+        self.report(
+            place,
+            String::from("its XXH3-128 differs although every block's CRC32C agrees"),
+        );
     }
 }
