@@ -42,6 +42,7 @@ from lamina.request import (
 from lamina.sites import resolve
 from lamina.spool import Spool, Summary, digest_prompts, write_spool
 from lamina.tokens import tokenise
+from lamina.windows import check_positions
 from lamina.wording import bytes_text, counted, listed
 
 if TYPE_CHECKING:
@@ -274,6 +275,8 @@ def _write(
         limits.check(spool.summary.prompts)
         if found is not None:
             _check_prompts(request, found, spool.summary)
+        if request.options.short == "error":
+            check_positions(spool, request.positions)
         work = _work(request, spool)
         rows, row_bytes = sum(w.rows for w in work.windows()), sum(work.row_bytes)
         remaining = rows - (writer.rows if found is not None else 0)

@@ -72,7 +72,6 @@ class Work:
         return plan(
             self.spool,
             self.positions,
-            short=self.options.short,
             row_bytes=sum(self.row_bytes),
             batch_size=self.options.batch_size,
             window_bytes=self.options.window_bytes,

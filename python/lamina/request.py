@@ -204,7 +204,7 @@ def placed_on(module: torch.nn.Module, device: torch.device | str | None) -> Ite
     goal = home if device is None else torch.device(device)
     if goal.type == "cuda" and goal.index is None:
         goal = torch.device("cuda", torch.cuda.current_device())
-    if goal == home:
+    if str(goal) == str(home):
         yield home
         return
     homes = {t.device for t in (*module.parameters(), *module.buffers())}

@@ -11,6 +11,7 @@ On the CPU a slot holds the tensor itself. Everything else is the same code.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import deque
 from dataclasses import dataclass, field
@@ -330,8 +331,9 @@ class Ring(Generic[Payload]):
 
 
 def cast(values: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return values in the stored dtype, and per row how many finite ones that made infinite.
+    """Return values in the stored dtype, and per row how many finite ones it could not hold.
 
+    They become infinite; in eight bits NaN or the largest value, as torch's version has it.
     Runs on the values' own device. The counts are None where the cast cannot overflow, or where
     (on the CPU, where looking is cheap) it did not.
 
@@ -344,12 +346,14 @@ def cast(values: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.
     if values.dtype == dtype:
         return values, None
     stored = values.to(dtype)
-    most = torch.finfo(dtype).max
+    most, step = torch.finfo(dtype).max, torch.finfo(dtype).eps
     if torch.finfo(values.dtype).max <= most or not values.numel():
         return stored, None
     if values.device.type == "cpu":
         least, largest = (float(bound) for bound in torch.aminmax(values.float()))
         if -most <= least and largest <= most:
             return stored, None
-    lost = torch.isfinite(values) & ~torch.isfinite(stored.float())
+    rounds_to_most = most + step * 2.0 ** math.floor(math.log2(most)) / 2
+    lost = ~torch.isfinite(stored.float()) | (values.abs() > rounds_to_most)
+    lost &= torch.isfinite(values)
     return stored, lost.reshape(len(lost), -1).sum(dim=1, dtype=torch.int32)

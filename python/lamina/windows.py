@@ -10,7 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
+from lamina.errors import PositionError
 from lamina.positions import select
+from lamina.wording import counted, listed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,10 +24,13 @@ if TYPE_CHECKING:
 
     Integers: TypeAlias = NDArray[np.int64]
 
-__all__ = ["BATCHES_PER_WINDOW", "Window", "compose", "destinations", "plan"]
+__all__ = ["BATCHES_PER_WINDOW", "Window", "check_positions", "compose", "destinations", "plan"]
 
 BATCHES_PER_WINDOW = 16
 """A window has no more prompts than this many batches: a crash costs little also for small rows."""
+
+PROMPTS_AT_A_TIME = 65_536
+NAMED = 8
 
 
 class Lengths(Protocol):
@@ -80,7 +85,6 @@ def plan(
     lengths: Lengths,
     positions: Positions,
     *,
-    short: str = "error",
     row_bytes: int,
     batch_size: int,
     window_bytes: int,
@@ -92,8 +96,7 @@ def plan(
 
     Args:
         lengths: Tokens per prompt.
-        positions: Which tokens of a prompt become rows.
-        short: What happens to prompts that lack a position, as in `positions.select`.
+        positions: Which tokens of a prompt become rows; prompts that lack them have none.
         row_bytes: Bytes of one row of all sites.
         batch_size: Prompts per batch.
         window_bytes: How many bytes of rows a window may hold.
@@ -104,7 +107,7 @@ def plan(
     most = batch_size * BATCHES_PER_WINDOW
     while prompt < len(lengths):
         sizes = np.asarray(lengths[prompt : prompt + most], dtype=np.int64)
-        counts, flat = _select(sizes, positions, short, prompt)
+        counts, flat = select(sizes, positions, "drop")
         rows = np.cumsum(counts)
         one_batch = int(np.searchsorted(np.cumsum(counts > 0), batch_size, side="left")) + 1
         fitting = int(np.searchsorted(rows * row_bytes, window_bytes, side="right"))
@@ -159,24 +162,27 @@ def destinations(window: Window, members: Integers, padding: Padding) -> tuple[I
     return np.repeat(np.arange(len(members), dtype=np.int64), counts), columns, goal
 
 
-def _select(
-    sizes: Integers, positions: Positions, short: str, first_prompt: int
-) -> tuple[Integers, Integers]:
-    """Select rows; prompts without tokens (skipped ones) have none and are never too short."""
+def check_positions(lengths: Lengths, positions: Positions) -> None:
+    """Refuse prompts that are too short for a position; skipped prompts, without tokens, are not.
+
+    Raises:
+        PositionError: Some are; the first of them are named.
+    """
     import numpy as np
 
-    present = np.flatnonzero(sizes)
-    if len(present) == len(sizes):
-        return select(sizes, positions, short, first_prompt=first_prompt)  # type: ignore[arg-type]
-    counts = np.zeros_like(sizes)
-    counts[present], flat = select(sizes[present], positions, "drop")
-    if short == "error":
-        # The message must give the numbers that the caller knows: ask for these prompts one by one.
-        for prompt in present[counts[present] == 0]:
-            select(
-                sizes[prompt : prompt + 1],
-                positions,
-                "error",
-                first_prompt=first_prompt + int(prompt),
-            )
-    return counts, flat
+    if isinstance(positions.value, slice):
+        return  # a slice gives what there is
+    count, first = 0, []
+    for start in range(0, len(lengths), PROMPTS_AT_A_TIME):
+        sizes = np.asarray(lengths[start : start + PROMPTS_AT_A_TIME], dtype=np.int64)
+        counts, _ = select(sizes, positions, "drop")
+        lacking = np.flatnonzero((counts == 0) & (sizes > 0))
+        count += len(lacking)
+        named = lacking[: NAMED - len(first)].tolist()
+        first += [f"{start + prompt} ({counted(int(sizes[prompt]), 'token')})" for prompt in named]
+    if count:
+        more = [f"{count - len(first):,} more"] if count > len(first) else []
+        raise PositionError(
+            f"position [{positions}] is outside {counted(count, 'prompt')} of {len(lengths):,}: "
+            f"{listed([*first, *more])}; short='drop' leaves them out"
+        )
