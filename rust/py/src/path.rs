@@ -40,14 +40,11 @@ impl Path {
             .map_err(|error| path_error(text.py(), &error))
     }
 
-    fn __repr__(&self) -> String {
-        format!(
-            "Path('{}')",
-            self.0
-                .to_string()
-                .replace('\\', "\\\\")
-                .replace('\'', "\\'")
-        )
+    fn __repr__(&self, py: Python<'_>) -> PyResult<String> {
+        Ok(format!(
+            "Path({})",
+            PyString::new(py, &self.0.to_string()).repr()?
+        ))
     }
 
     fn __getnewargs__(&self) -> (String,) {
