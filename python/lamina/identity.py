@@ -126,10 +126,18 @@ def opaque_reasons(model: object, module: torch.nn.Module) -> list[str]:
     if away:
         reasons.append(f"offloaded weights: {listed(away, most=3)}")
     strange = sorted({type(t).__name__ for t in tensors.values() if not _is_plain(t)})
-    if strange or getattr(module, "is_quantized", False):
+    if strange or _computes_quantised(module):
         kinds = f" ({listed(strange)})" if strange else ""
         reasons.append(f"quantisation state outside the tensors{kinds}")
     return reasons
+
+
+def _computes_quantised(module: torch.nn.Module) -> bool:
+    """Return whether modules of a quantiser's own compute; GGUF files are unpacked to plain ones."""
+    plain = ("torch.nn.", "transformers.models.", "transformers.activations")
+    return bool(getattr(module, "is_quantized", False)) and any(
+        not type(each).__module__.startswith(plain) for each in module.modules()
+    )
 
 
 def rounding_facts(module: torch.nn.Module, device: torch.device) -> Fields:
