@@ -169,18 +169,18 @@ def _ls(options: argparse.Namespace) -> int:
     if options.prompts:
         table = [["prompt", "tokens", "rows", "text"]]
         for prompt in store.prompts:
-            rows = f"{prompt.rows.start}:{prompt.rows.stop}"
+            span = f"{prompt.rows.start}:{prompt.rows.stop}"
             text = json.dumps(prompt.text or "", ensure_ascii=False)[1:-1]
             shown = text if len(text) <= 60 else f"{text[:59]}…"
-            table.append([str(prompt.index), str(prompt.length), rows, shown])
+            table.append([str(prompt.index), str(prompt.length), span, shown])
     elif options.shards:
         table = [["shard", "rows", "prompts", "bytes", ""]]
-        for name, first, rows, first_prompt, prompts, nbytes, full in store.shards:
+        for name, row, rows, first, prompts, nbytes, full in store.shards:
             table.append(
                 [
                     name,
-                    f"{first}:{first + rows}",
-                    f"{first_prompt}:{first_prompt + prompts}",
+                    f"{row}:{row + rows}",
+                    f"{first}:{first + prompts}",
                     bytes_text(nbytes),
                     "full" if full else "short",
                 ]
@@ -231,7 +231,7 @@ def _cat(options: argparse.Namespace) -> int:
         print(f"nothing of prompt {prompt.index} is stored there", file=sys.stderr)
     parts: list[dict[str, object]] = []
     for row, vector in zip(rows.tolist(), values, strict=True):
-        _, at = store.prompts.place_of(row)
+        at = store.prompts.place_of(row)[1]
         head = f"{site}  prompt {prompt.index}, position {at}, token {store.tokens[row]}, row {row}"
         parts.append(
             {

@@ -8,6 +8,7 @@ its numbers are gathered, as a copy, when they are asked for.
 from __future__ import annotations
 
 import math
+import os
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -193,10 +194,10 @@ class Column:
             return self._view().__dlpack__(
                 stream=stream, max_version=max_version, dl_device=dl_device, copy=copy
             )
-        given = {"max_version": max_version, "dl_device": dl_device, "copy": copy}
-        return self.tensor.__dlpack__(
-            stream=stream, **{name: value for name, value in given.items() if value is not None}
-        )
+        given = {"stream": stream, "max_version": max_version, "dl_device": dl_device, "copy": copy}
+        # Versions of torch differ in what they take: only what was given is passed on.
+        keywords: dict[str, Any] = {name: each for name, each in given.items() if each is not None}
+        return self.tensor.__dlpack__(**keywords)
 
     def __dlpack_device__(self) -> tuple[int, int]:
         return (1, 0)  # the CPU
@@ -235,15 +236,15 @@ class Column:
         )
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _reopened, (self._core.directory, self._core.version, self.path)
+        return _reopened, (os.fspath(self._core.directory), self._core.version, self.path)
 
     def _indexed(self, key: tuple[RowKey, ...]) -> torch.Tensor:
         if not key or key[0] is Ellipsis:
-            return self.tensor[key]  # type: ignore[index]
+            return self.tensor[key]
         chosen, rest = self[key[0]], key[1:]
-        axes = np.ndim(key[0]) if not isinstance(key[0], slice) else 1  # type: ignore[arg-type]
+        axes = np.ndim(key[0]) if not isinstance(key[0], slice) else 1
         if rest:
-            chosen = chosen[(*[slice(None)] * axes, *rest)]  # type: ignore[index]
+            chosen = chosen[(*[slice(None)] * axes, *rest)]
         return chosen
 
     def _view(self) -> _core.Tensor:
@@ -266,14 +267,13 @@ def as_torch(tensor: _core.Tensor) -> torch.Tensor:
         InputError: torch is not installed.
     """
     try:
-        import torch
+        from torch.utils.dlpack import from_dlpack
     except ImportError:
         raise InputError(
             "this gives torch tensors and torch is not installed; "
             "`.numpy()` and `np.asarray(column)` work without it"
         ) from None
-    shared: torch.Tensor = torch.from_dlpack(tensor)
-    return shared
+    return from_dlpack(tensor)
 
 
 def as_array(tensor: _core.Tensor, dtype: str, wanted: np.dtype[Any] | None) -> NDArray[Any]:

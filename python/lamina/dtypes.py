@@ -1,8 +1,11 @@
 """Element types by their many names: those of torch, NumPy and safetensors, and short ones."""
 
+import math
+from collections.abc import Iterable
+
 from lamina.errors import DtypeError
 
-__all__ = ["SIZES", "WITHOUT_NUMPY", "dtype_name"]
+__all__ = ["SIZES", "WITHOUT_NUMPY", "dtype_name", "row_bytes"]
 
 SIZES: dict[str, int] = {
     "float32": 4,
@@ -71,3 +74,12 @@ def dtype_name(value: object) -> str:
             f"(short and safetensors names work too: bf16, BF16)"
         )
     return name
+
+
+def row_bytes(sites: Iterable[tuple[str, str, tuple[int, ...]]]) -> int:
+    """Return the bytes of one row of all sites, each given by path, dtype and shape of a row.
+
+    >>> row_bytes([("model.a.output", "bfloat16", (768,)), ("model.b.output", "float32", ())])
+    1540
+    """
+    return sum(SIZES[dtype] * math.prod(shape) for _, dtype, shape in sites)

@@ -265,10 +265,10 @@ class Prompts(Sequence[Prompt]):
         short = missing & ((wanted >= lengths) | (wanted < -lengths))
         shown = listed(np.unique(wanted[short if short.any() else missing]), most=4)
         if short.any():
-            who = _named(numbers[short], [f"({n})" for n in lengths[short].tolist()])
+            who = _named(numbers[short], lengths[short])
             raise PositionError(
-                f"position {shown} lies outside {who} (tokens in parentheses); "
-                "a slice such as [-1:] takes what is there, and its .lengths say of which prompts"
+                f"position {shown} lies outside {who}; a slice such as [-1:] takes what is there, "
+                "and its .lengths say of which prompts"
             )
         who = _named(numbers[missing])
         stored = self._stored
@@ -322,9 +322,10 @@ def _bound(value: int, lengths: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.maximum(lengths + value, 0) if value < 0 else np.full_like(lengths, value)
 
 
-def _named(numbers: NDArray[np.int64], notes: list[str] | None = None) -> str:
-    """Return `prompt 3` or `prompts 3, 9 and 12`, each with its note."""
+def _named(numbers: NDArray[np.int64], lengths: NDArray[np.int64] | None = None) -> str:
+    """Return `prompt 3`, or `prompts 3 (1 token) and 9 (2 tokens)`."""
     texts = [str(number) for number in numbers.tolist()]
-    if notes is not None:
-        texts = [f"{text} {note}" for text, note in zip(texts, notes, strict=True)]
+    if lengths is not None:
+        counts = [counted(length, "token") for length in lengths.tolist()]
+        texts = [f"{text} ({count})" for text, count in zip(texts, counts, strict=True)]
     return f"prompt{'s' if len(texts) != 1 else ''} {listed(texts)}"

@@ -14,6 +14,7 @@ import numpy as np
 
 from lamina import _core
 from lamina.column import Column, as_indices, as_torch
+from lamina.dtypes import row_bytes
 from lamina.errors import InputError, PathError, SiteNotFoundError
 from lamina.prompts import UNKNOWN_TOKEN, Prompts
 from lamina.wording import bytes_text, counted, listed, shape_text
@@ -95,7 +96,7 @@ class Store:
     @property
     def directory(self) -> str:
         """Where it is, as it was given."""
-        return self._core.directory
+        return os.fspath(self._core.directory)
 
     @property
     def version(self) -> int:
@@ -164,12 +165,12 @@ class Store:
     @property
     def nbytes(self) -> int:
         """The bytes of all columns, tables and checksums not counted."""
-        return _core.row_bytes(self._facts) * self.rows
+        return row_bytes(self._facts) * self.rows
 
     # ── Columns ──────────────────────────────────────────────────────────────────────────────────
 
     # As in typeshed: `Columns` only for patterns, so the union itself would burden every caller.
-    def __getitem__(self, target: str | _core.Path) -> Column | Any:
+    def __getitem__(self, target: str | _core.Path) -> Column | Any:  # noqa: ANN401
         """Return the column of a site or target, or those of a pattern, in order.
 
         Each call makes new columns, each with one private mapping of its own.

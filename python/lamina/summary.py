@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import html
+import os
 from collections import Counter
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from lamina import _core
+from lamina.dtypes import row_bytes
 from lamina.wording import bytes_text, counted, listed, shape_text
 
 if TYPE_CHECKING:
@@ -30,7 +32,7 @@ def facts(
     shards = core.shards
     counts = core.counts()
     return {
-        "directory": core.directory,
+        "directory": os.fspath(core.directory),
         "format": _core.FORMAT,
         "store_id": core.store_id,
         "version": core.version,
@@ -41,7 +43,7 @@ def facts(
         "prompts": core.prompts,
         "windows": core.windows,
         "texts": core.has_texts,
-        "nbytes": _core.row_bytes(sites) * core.rows,
+        "nbytes": row_bytes(sites) * core.rows,
         "disk_bytes": sum(shard[5] for shard in shards),
         "shards": len(shards),
         "rows_per_shard": core.rows_per_shard,

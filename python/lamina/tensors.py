@@ -126,7 +126,7 @@ def _from_dlpack(
     name: str,
 ) -> tuple[NDArray[np.uint8], str, tuple[int, ...]]:
     try:
-        import torch
+        from torch.utils.dlpack import from_dlpack
     except ImportError:
         return _from_numpy(np.from_dlpack(values), name)
-    return _from_torch(torch.from_dlpack(values), name)
+    return _from_torch(from_dlpack(values), name)

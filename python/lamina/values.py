@@ -60,7 +60,9 @@ class Values:
             return getattr(self._leaf(None), name)
         raise AttributeError(f"nothing is kept at {self._path}.{name}; {self._have()}")
 
-    def __getitem__(self, key: Step | Position) -> object:
+    def __getitem__(self, key: Step | Position | tuple[int, ...]) -> object:
+        if isinstance(key, tuple):
+            key = list(key)
         if isinstance(key, int | str) and key in self._children:
             return _found(self._children[key])
         if self._leaf is not None and not isinstance(key, str):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from operator import index
 from typing import TYPE_CHECKING, Any, Self, TypeAlias
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeAlias
 import numpy as np
 
 from lamina import _core
-from lamina.dtypes import dtype_name
+from lamina.dtypes import dtype_name, row_bytes
 from lamina.errors import (
     ClosedError,
     IdentityError,
@@ -27,6 +26,7 @@ from lamina.tensors import as_bytes, as_integers
 from lamina.wording import bytes_text, counted, listed
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
     from types import TracebackType
 
     import torch
@@ -156,12 +156,13 @@ def append(
             raise StoreNotFoundError(
                 f"{directory} was begun and holds no version; lamina.create(...) begins it again"
             )
-        about = json.loads(core.about)
+        found = _core.Store.open(directory)
+        about = json.loads(found.about)
         if about.get("recorded", {}).get("made_by") != _MAKER:
             raise InputError(
                 f"{directory} was made by a capture: run the same capture again to continue it"
             )
-        _compare(directory, json.loads(core.identity), _json(identity, "identity"))
+        _compare(directory, json.loads(found.identity), _json(identity, "identity"))
         core.resume(rows_total=None, commit_seconds=commit_seconds)
         options = about["options"]
         return Writer(core, parse_positions(options["positions"]), texts=bool(options["texts"]))
@@ -194,7 +195,8 @@ class Writer:
         self._wanted = positions
         self._texts = texts
         self._open = True
-        self.directory: str = core.directory
+        self._ended = (0, 0, 0)  # rows, prompts and version when the writer ended
+        self.directory: str = os.fspath(core.directory)
         self.sites: list[tuple[str, str, tuple[int, ...]]] = core.sites
         self._order = {path: at for at, (path, _, _) in enumerate(self.sites)}
         self._index = _core.SiteIndex([path for path, _, _ in self.sites])
@@ -202,17 +204,17 @@ class Writer:
     @property
     def rows(self) -> int:
         """How many rows were appended, committed or not, those found by `append` included."""
-        return self._core.rows
+        return self._core.rows if self._open else self._ended[0]
 
     @property
     def prompts(self) -> int:
         """How many prompts were appended, as `rows`."""
-        return self._core.prompts
+        return self._core.prompts if self._open else self._ended[1]
 
     @property
     def version(self) -> int:
         """The version last committed."""
-        return self._core.version
+        return self._core.version if self._open else self._ended[2]
 
     def append(
         self,
@@ -304,6 +306,7 @@ class Writer:
     def close(self) -> None:
         """Commit, mark the store complete, and release it; nothing if the writer has ended."""
         if self._open:
+            self._ended = (self.rows, self.prompts, self.version + 1)
             self._open = False
             try:
                 self._core.finish()
@@ -312,8 +315,10 @@ class Writer:
 
     def abandon(self) -> None:
         """End without committing: what was appended since the last commit is gone."""
-        self._open = False
-        self._core.close()
+        if self._open:
+            self._ended = (self.rows, self.prompts, self.version)
+            self._open = False
+            self._core.close()
 
     def __enter__(self) -> Self:
         return self
@@ -331,7 +336,7 @@ class Writer:
 
     def __repr__(self) -> str:
         state = f"{counted(self.rows, 'row')} so far" if self._open else "ended"
-        row = bytes_text(_core.row_bytes(self.sites))
+        row = bytes_text(row_bytes(self.sites))
         sites = counted(len(self.sites), "site")
         return f"<Writer {self.directory}: {sites}, {row} a row, {state}>"
 
@@ -416,7 +421,7 @@ def _declared(sites: Mapping[str, SiteFacts]) -> list[tuple[str, str, tuple[int,
             size = (index(shape),) if hasattr(shape, "__index__") else tuple(map(index, shape))
         except (TypeError, ValueError):
             size = (0,)
-        if isinstance(facts, str) or any(length < 1 for length in size):
+        if any(length < 1 for length in size):
             raise InputError(
                 f"{text}: expected the shape of a row and its dtype, such as (768, 'bfloat16') or "
                 f"((12, 64), 'float32'), got {facts!r}"
