@@ -21,16 +21,17 @@ use std::ptr::{self, NonNull};
 use std::sync::Arc;
 
 use lamina_core::dtype::Dtype;
-use lamina_core::map::{MapError, OwnedMap, SharedMap};
+use lamina_core::map::{OwnedMap, SharedMap};
 use lamina_core::source::{Sink, Source};
 use pyo3::buffer::{Element, PyUntypedBuffer};
-use pyo3::exceptions::{PyBufferError, PyMemoryError, PyTypeError, PyValueError};
+use pyo3::exceptions::{PyBufferError, PyTypeError, PyValueError};
 use pyo3::ffi;
 use pyo3::prelude::*;
 use pyo3::types::{PyCapsule, PyDict, PyMemoryView, PyTuple};
 
 use self::extent::{Extent, address};
 use self::layout::{CPU, DlDataType, DlTensor, IS_COPIED, Legacy, Managed, READ_ONLY, Versioned};
+use crate::errors::{raise, run};
 
 /// What an export owns. `managed` comes first: its address is that of the whole.
 #[repr(C)]
@@ -122,12 +123,9 @@ impl Tensor {
     }
 
     /// Returns a copy in memory of its own.
-    fn copied(&self) -> PyResult<Self> {
-        let refused = |error: MapError| PyMemoryError::new_err(error.to_string());
-        let mut copy = OwnedMap::anonymous(self.extent.bytes).map_err(refused)?;
-        self.memory
-            .copy_to(self.offset, copy.bytes_mut())
-            .map_err(refused)?;
+    fn copied(&self) -> lamina_core::Result<Self> {
+        let mut copy = OwnedMap::anonymous(self.extent.bytes)?;
+        self.memory.copy_to(self.offset, copy.bytes_mut())?;
         let (memory, extent) = (Arc::new(copy.share()), Arc::clone(&self.extent));
         Ok(Self {
             memory,
@@ -188,7 +186,7 @@ impl Tensor {
             "NumPy has no {dtype}: take `.tensor` (a torch tensor), or install `ml_dtypes` and \
              view the bytes as `ml_dtypes.{dtype}`"
         );
-        lamina_error(py, "DtypeError", message)
+        raise(py, "DtypeError", message)
     }
 }
 
@@ -219,7 +217,7 @@ impl Tensor {
         };
         if start < 0 || start > stop || stop > *rows {
             let message = format!("rows {start} to {stop} are out of range: there are {rows} rows");
-            return Err(lamina_error(py, "PositionError", message));
+            return Err(raise(py, "PositionError", message));
         }
         let shape: Result<Vec<usize>, _> = std::iter::once(stop - start)
             .chain(feature.iter().copied())
@@ -293,7 +291,7 @@ impl Tensor {
             return Err(PyBufferError::new_err(message));
         }
         let copied = match copy {
-            Some(true) => Some(py.detach(|| self.copied())?),
+            Some(true) => Some(run(py, || self.copied())?),
             Some(false) | None => None,
         };
         let flags = match copied {
@@ -423,7 +421,7 @@ fn contiguous(object: &Bound<'_, PyAny>) -> PyResult<PyUntypedBuffer> {
     let message = format!(
         "expected memory in C order without gaps, found shape {shape:?} with strides {strides:?}"
     );
-    Err(lamina_error(object.py(), "InputError", message))
+    Err(raise(object.py(), "InputError", message))
 }
 
 impl<'py> FromPyObject<'_, 'py> for InputBuffer {
@@ -441,7 +439,7 @@ impl<'py> FromPyObject<'_, 'py> for OutputBuffer {
         let buffer = contiguous(&object)?;
         if buffer.readonly() {
             let message = String::from("expected memory to write to, found read-only memory");
-            return Err(lamina_error(object.py(), "InputError", message));
+            return Err(raise(object.py(), "InputError", message));
         }
         Ok(Self(buffer))
     }
@@ -483,12 +481,4 @@ impl Sink for OutputBuffer {
         // is never memory that Python has (`SharedMap` gives none).
         unsafe { ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len()) };
     }
-}
-
-/// Returns an instance of a class of `lamina.errors`.
-fn lamina_error(py: Python<'_>, class: &str, message: String) -> PyErr {
-    let instance = py
-        .import("lamina.errors")
-        .and_then(|module| module.call_method1(class, (message,)));
-    instance.map_or_else(|error| error, PyErr::from_value)
 }
