@@ -3,6 +3,7 @@
 import ctypes
 import gc
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -125,6 +126,63 @@ def test_no_mapping_outlives_its_last_tensor(store, tmp_path):
     del array
     gc.collect()
     assert writable_mappings(tmp_path) == 0
+
+
+def test_shards_lie_one_after_another_where_huge_pages_can_be_used(tmp_path):
+    rows = 70_000
+    values = pattern("float32", SHAPE, rows)
+    store = write_store(
+        tmp_path / "store",
+        {SITE: ("float32", SHAPE, values)},
+        window_rows=rows,
+        shard_bytes=3 << 20,
+    )
+    assert store.tiers() == ["2 MiB"]
+    assert len(store.shards) == 3
+    tensor = torch.from_dlpack(store.column(0))
+    assert tensor.view(torch.uint8).numpy().tobytes() == values.tobytes()
+    mapped = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        span, permissions, offset, *_ = line.split()
+        if permissions == "rw-p" and f"{tmp_path}/" in line:
+            start, end = (int(address, 16) for address in span.split("-"))
+            mapped.append((start, end))
+            if len(mapped) < 3:  # the last shard is short, and aligned to 4 KiB only
+                assert (start - int(offset, 16)) % (2 << 20) == 0
+    assert [start for start, _ in mapped[1:]] == [end for _, end in mapped[:-1]]
+    assert mapped[0][0] == tensor.data_ptr()
+    assert len(mapped) == 3
+
+
+WITHOUT_ADDRESSES = """
+import resource, sys
+from pathlib import Path
+from lamina import _core
+from lamina.errors import DiskError
+
+store = _core.Store.open(sys.argv[1])
+store.column(0)
+pages = int(Path("/proc/self/statm").read_text().split()[0])
+limit = pages * resource.getpagesize() + (1 << 20)
+resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+try:
+    store.column(0)
+except DiskError as error:
+    print(error)
+"""
+
+
+def test_addresses_that_cannot_be_had_are_an_error_that_names_the_setting(store):
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_ADDRESSES, store.directory],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    expected = r"cannot map 64000 bytes: the process is limited to \d+ bytes of addresses \(`ulimit"
+    assert re.match(expected, done.stdout), done.stdout
 
 
 def test_opening_and_dropping_columns_leaves_nothing_behind(store):
