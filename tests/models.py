@@ -1,6 +1,7 @@
 """Small random models of several families, and modules that are awkward on purpose."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -159,7 +160,7 @@ FAMILIES: dict[str, tuple[Callable[..., Any], list[str]]] = {
             "model.layers[:].self_attn.output[0]",
             "model.layers[:].mlp.input",
             "model.model.norm.output",
-            "lm_head.output",
+            "model.lm_head.output",
         ],
     ),
     "gpt2": (
@@ -175,10 +176,10 @@ FAMILIES: dict[str, tuple[Callable[..., Any], list[str]]] = {
     "gpt_neox": (
         gpt_neox,
         [
-            "gpt_neox.layers[:].output",
-            "gpt_neox.layers[:].mlp.output",
-            "gpt_neox.layers[:].attention.output[0]",
-            "gpt_neox.final_layer_norm.output",
+            "model.gpt_neox.layers[:].output",
+            "model.gpt_neox.layers[:].mlp.output",
+            "model.gpt_neox.layers[:].attention.output[0]",
+            "model.gpt_neox.final_layer_norm.output",
         ],
     ),
     "qwen3": (
@@ -210,3 +211,14 @@ FAMILIES: dict[str, tuple[Callable[..., Any], list[str]]] = {
     ),
 }
 """Per family: how to build it, and paths that are worth capturing."""
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Small models are fastest on one thread, above all where others compute too."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

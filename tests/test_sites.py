@@ -1,5 +1,6 @@
 """From paths to sites: names, ports, shapes and order, and what is refused with which message."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,12 +16,19 @@ from tests.models import (
     gpt2,
     llama,
     mixtral,
+    one_thread,
     plain,
 )
 from torch import nn
 
 from lamina.errors import InputError, PositionError, SiteError, SiteNotFoundError
 from lamina.sites import resolve
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    with one_thread():
+        yield
 
 
 def texts(model: Any, paths: Any) -> list[str]:
@@ -50,7 +58,7 @@ def test_order_is_that_of_execution_not_of_names_or_registration(a_llama: Any) -
         for layer in range(LAYERS)
         for part in [*block, "mlp.output", "output"]
     ]
-    assert texts(a_llama, ["lm_head.output", *paths]) == [*expected, "model.lm_head.output"]
+    assert texts(a_llama, ["model.lm_head.output", *paths]) == [*expected, "model.lm_head.output"]
 
 
 def test_input_comes_before_output_and_elements_in_their_order() -> None:
@@ -181,7 +189,9 @@ def test_unknown_sites_list_the_nearest(a_llama: Any) -> None:
 
 
 def test_all_sites_have_the_same_position(a_llama: Any) -> None:
-    assert resolve(a_llama, ["model.layers[0].output[-1]", "lm_head.output[-1]"]).position == -1
+    assert (
+        resolve(a_llama, ["model.layers[0].output[-1]", "model.lm_head.output[-1]"]).position == -1
+    )
     assert resolve(a_llama, "model.layers[0].output[-4:]").position == slice(-4, None)
     assert resolve(a_llama, "model.layers[0].output").position is None
     resolve(a_llama, ["model.layers[0].output[:]", "model.layers[1].output"])

@@ -1,17 +1,24 @@
 """What is recorded is what the model computed: bit for bit what a plain forward gives."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tests.models import FAMILIES, albert, bloom, plain, roberta
+from tests.models import FAMILIES, albert, bloom, one_thread, plain, roberta
 from tests.recording import plain_forward, prompts_of, record, same_bits, truth
 
 from lamina.positions import make_batch
 from lamina.sites import resolve
 
 LENGTHS = {"right": [5, 1, 9, 3, 9, 2, 7, 4], "left": [5, 1, 9, 3, 9, 2, 7, 4], "none": [6] * 8}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    with one_thread():
+        yield
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
@@ -48,8 +55,10 @@ def test_models_with_position_rules_of_their_own(build: Any) -> None:
     model = build(torch.float32)
     paths = {
         roberta: "model.encoder.layer[:].output",
-        bloom: "transformer.h[:].output[0]",
-        albert: [f"encoder.albert_layer_groups[0].albert_layers[0].output@{k}" for k in (2, 0)],
+        bloom: "model.transformer.h[:].output[0]",
+        albert: [
+            f"model.encoder.albert_layer_groups[0].albert_layers[0].output@{k}" for k in (2, 0)
+        ],
     }[build]
     pad_id = 1 if build is roberta else 0
     prompts = [ids[ids != 1] for ids in prompts_of(LENGTHS["right"])]
@@ -87,7 +96,7 @@ def test_sites_come_in_the_order_of_an_independent_hook_log(family: str) -> None
 
 
 def test_tokens_equal_to_the_pad_token_inside_a_prompt_are_real() -> None:
-    model, paths = FAMILIES["gpt2"][0](), "transformer.h[:].output"
+    model, paths = FAMILIES["gpt2"][0](), "model.transformer.h[:].output"
     prompts = [np.array([0, 0, 5, 0]), np.array([0]), np.array([7, 0, 0, 3, 0, 0])]
     alone = record(model, paths, prompts, batch_size=1)
     for padding in ("left", "right"):
@@ -98,7 +107,12 @@ def test_tokens_equal_to_the_pad_token_inside_a_prompt_are_real() -> None:
 
 def test_a_model_of_no_library_is_recorded_too() -> None:
     model = plain()
-    paths = ["model.pair.output[1].more", "model.pair.input", "model.output.hidden", "mix.output"]
+    paths = [
+        "model.pair.output[1].more",
+        "model.pair.input",
+        "model.output.hidden",
+        "model.mix.output",
+    ]
     resolved = resolve(model, paths)
     prompts = prompts_of(LENGTHS["right"])
     recorded = record(model, resolved, prompts)

@@ -7,6 +7,7 @@ no gradients, no key-value cache, the random number generators where they were.
 from __future__ import annotations
 
 import inspect
+import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from lamina.tracing import Observer
 
 __all__ = ["ForwardStop", "call", "call_arguments", "evaluating", "input_device", "takes", "unwrap"]
+
+_guard = threading.Lock()
+_evaluating: dict[torch.nn.Module, tuple[int, list[tuple[torch.nn.Module, bool]]]] = {}
 
 
 class ForwardStop(BaseException):
@@ -129,14 +133,25 @@ def call(
 
 @contextmanager
 def evaluating(module: torch.nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode; every module's own flag is back afterwards."""
-    flags = [(each, each.training) for each in module.modules()]
-    module.eval()
+    """Put a model into evaluation mode; every module's own flag is back afterwards.
+
+    Where several threads do so at once, the flags are back when the last one is done.
+    """
+    with _guard:
+        users, flags = _evaluating.get(module) or (0, [(m, m.training) for m in module.modules()])
+        _evaluating[module] = (users + 1, flags)
+        if not users:
+            module.eval()
     try:
         yield
     finally:
-        for each, training in flags:
-            each.training = training
+        with _guard:
+            users, flags = _evaluating.pop(module)
+            if users > 1:
+                _evaluating[module] = (users - 1, flags)
+            else:
+                for each, training in flags:
+                    each.training = training
 
 
 @contextmanager

@@ -8,6 +8,7 @@ forward ends once the last site has been seen.
 
 from __future__ import annotations
 
+import threading
 from collections import Counter, defaultdict
 from contextlib import ExitStack, suppress
 from functools import partial
@@ -227,12 +228,15 @@ class _Gathering:
         self._rows = rows
         self._columns = columns
         self._sink = sink
+        self._thread = threading.get_ident()
         self._calls: Counter[tuple[str, str]] = Counter()
         self._missing = set(range(len(sites)))
         self._placed: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def due(self, name: str, port: str, numbers: list[int]) -> list[tuple[int, Site]]:
         """Count one call of a module and return the sites that this very call computes."""
+        if threading.get_ident() != self._thread:
+            return []  # a forward that someone else runs meanwhile
         call = self._calls[name, port]
         self._calls[name, port] += 1
         return [(n, self._sites[n]) for n in numbers if self._sites[n].call == call]

@@ -6,6 +6,7 @@ other. They leave no trace in the model.
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -97,6 +98,7 @@ def _run(
 ) -> Run:
     run = Run()
     handles: list[Any] = []
+    thread = threading.get_ident()
 
     def event(name: str, port: str) -> Call:
         key = (name, port, run.calls[name] if port == "input" else run.calls[name] - 1)
@@ -114,12 +116,16 @@ def _run(
                 name: str = name,
                 parameters: tuple[str, ...] = parameters,
             ) -> None:
+                if threading.get_ident() != thread:
+                    return  # a forward that someone else runs meanwhile
                 key = event(name, "input")
                 run.calls[name] += 1
                 if (name, "input") in wanted:
                     run.seen[key] = _describe_inputs(parameters, args, kwargs)
 
             def after(_module: object, _args: object, output: object, name: str = name) -> None:
+                if threading.get_ident() != thread:
+                    return
                 key = event(name, "output")
                 if (name, "output") in wanted:
                     run.seen[key] = ports.describe(output)

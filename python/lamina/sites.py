@@ -10,9 +10,8 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from lamina._core import ModuleTree, Path
-
 from lamina import forward, ports
+from lamina._core import ModuleTree, Path
 from lamina.dtypes import dtype_name
 from lamina.errors import DtypeError, InputError, PositionError, SiteError
 from lamina.positions import parse_positions
