@@ -48,6 +48,19 @@ pub const MAX_LIST_ENTRIES: usize = 4096;
 ///
 /// The order of the fields is the structural order: outer modules first, `input` before `output`,
 /// earlier calls first, indices by number (so negative ones first), names by text.
+///
+/// # Examples
+/// ```
+/// use lamina_core::path::{Path, Selector};
+///
+/// let path: Path = "model.h.2.attn.output@0[ 0 ][-1]".parse()?;
+/// assert_eq!(path.to_string(), "model.h[2].attn.output[0][-1]");
+/// assert_eq!(path.module()?, "h.2.attn");
+/// let (site, position) = path.split(1)?; // the port carries a tuple
+/// assert_eq!(site, "model.h[2].attn.output[0]".parse()?);
+/// assert_eq!(position, Some(Selector::Index(-1)));
+/// # Ok::<(), lamina_core::path::PathError>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Path {
     steps: Box<[Step]>,

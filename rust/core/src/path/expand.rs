@@ -44,6 +44,17 @@ impl ModuleTree {
     /// The path is read from the root first; where that finds no module, as the module's own name,
     /// so that `model.layers[2].output` finds the `layers` in a model's child called `model`.
     ///
+    /// # Examples
+    /// ```
+    /// use lamina_core::path::ModuleTree;
+    ///
+    /// let tree = ModuleTree::new(["", "h", "h.0", "h.1", "h.2"]);
+    /// let paths = tree.expand(&"model.h[::2].output[-1]".parse()?)?;
+    /// let texts: Vec<_> = paths.iter().map(ToString::to_string).collect();
+    /// assert_eq!(texts, ["model.h[0].output[-1]", "model.h[2].output[-1]"]);
+    /// # Ok::<(), lamina_core::path::FindError>(())
+    /// ```
+    ///
     /// # Errors
     /// [`FindError::Unknown`] with the nearest names that exist, [`FindError::Index`] and
     /// [`FindError::Slice`] with what the container has.

@@ -66,6 +66,16 @@ impl SiteIndex {
     /// What the brackets after the port mean is decided by what was recorded, port by port: the
     /// longest recorded element wins, the rest is the position.
     ///
+    /// # Examples
+    /// ```
+    /// use lamina_core::path::{Selector, SiteIndex};
+    ///
+    /// let index = SiteIndex::new(["model.model.norm.output"], [].into());
+    /// let found = index.find("model.norm.output[-1]")?;
+    /// assert_eq!(found, [(0, Some(Selector::Index(-1)))]);
+    /// # Ok::<(), lamina_core::path::FindError>(())
+    /// ```
+    ///
     /// # Errors
     /// Every [`FindError`].
     pub fn find(&self, text: &str) -> Result<Vec<Match>, FindError> {
