@@ -179,7 +179,7 @@ def test_gather_into_a_tensor_of_ones_own(store):
     assert torch.equal(out, VALUES[:, [7, 1]].transpose(0, 1))
     with pytest.raises(lm.InputError, match=r"out must be \[1, 4, 6\] float32, not \[2, 4, 6\]"):
         store.gather("model.layers[:].output", [7], out=out)
-    with pytest.raises(lm.InputError, match="float32, not .* float64"):
+    with pytest.raises(lm.InputError, match=r"float32, not .* float64"):
         store.gather("model.layers[:].output", [7, 1], out=out.double())
     with pytest.raises(lm.InputError, match="contiguous"):
         store.gather("model.layers[:].output", [7, 1], out=torch.zeros(4, 2, WIDTH).transpose(0, 1))

@@ -204,7 +204,7 @@ class Prompts(Sequence[Prompt]):
         prompts = np.asarray(self._core.prompts_of(np.ascontiguousarray(wanted.reshape(-1))))
         return prompts.reshape(wanted.shape), self._positions_of(wanted)
 
-    def select(self, position: Position, prompts: Several | slice | None = None) -> Selection:
+    def select(self, position: Position, prompts: int | slice | Several | None = None) -> Selection:
         """Return the rows that a position stands for, prompt by prompt.
 
         Args:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    from lamina.column import Position
+    from lamina.column import Position, Several
     from lamina.prompts import Prompts
     from lamina.values import Values
 
@@ -221,7 +221,7 @@ def load(
     core: _core.Store,
     prompts: Prompts,
     targets: Iterable[tuple[int, Position]],
-    numbers: NDArray[np.int64] | None,
+    chosen: int | slice | Several | None,
     identity: Mapping[str, Any],
 ) -> SavedActivation:
     """Return copies of what a store holds at some targets, every byte read verified.
@@ -230,7 +230,7 @@ def load(
         core: The store.
         prompts: Its prompts.
         targets: Sites by number, each with a position; the order does not matter.
-        numbers: Which prompts, in which order; None for all.
+        chosen: Which prompts, in which order; None for all.
         identity: That of the store.
     """
     wanted: dict[tuple[int, str], tuple[int, Position]] = {}
@@ -244,15 +244,15 @@ def load(
     for index, position in sorted(wanted.values(), key=_order):
         site, _, feature = sites[index]
         if repr(position) not in rows:
-            selection = prompts.select(position, numbers)
+            selection = prompts.select(position, chosen)
             several = not isinstance(position, int)
             rows[repr(position)] = (
                 np.ascontiguousarray(selection.rows),
                 selection.lengths if several else None,
             )
-        chosen, lengths = rows[repr(position)]
-        tensor = as_torch(core.gather([index], chosen, verify=True)[0])
-        entries.append(_Entry(site, position, tensor.reshape(len(chosen), *feature), lengths))
+        here, lengths = rows[repr(position)]
+        tensor = as_torch(core.gather([index], here, verify=True)[0])
+        entries.append(_Entry(site, position, tensor.reshape(len(here), *feature), lengths))
     return SavedActivation._of(entries, identity)
 
 

@@ -1,4 +1,8 @@
-"""Opening a store and reading what it holds."""
+"""Opening a store and reading what it holds.
+
+NumPy and torch are imported where numbers are wanted: opening a store and saying what it holds
+take a few milliseconds without them.
+"""
 
 from __future__ import annotations
 
@@ -10,20 +14,18 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-import numpy as np
-
 from lamina import _core
-from lamina.column import Column, as_indices, as_torch
 from lamina.dtypes import row_bytes
 from lamina.errors import InputError, PathError, SiteNotFoundError
-from lamina.prompts import UNKNOWN_TOKEN, Prompts
 from lamina.wording import bytes_text, counted, listed, shape_text
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from numpy.typing import NDArray
 
-    from lamina.column import Position, Several
+    from lamina.column import Column, Position, Several
+    from lamina.prompts import Prompts
     from lamina.saved import SavedActivation
     from lamina.values import Values
 
@@ -85,7 +87,7 @@ class Store:
         self._options = about.get("options", {})
         self._lengths: dict[str, int] = about.get("containers", {})
         self._identity: dict[str, Any] = json.loads(core.identity)
-        self._prompts = Prompts(core, stored=self._options.get("positions"))
+        self._prompts: Prompts | None = None
         self._index: _core.SiteIndex | None = None
         self._tree: Values | None = None
         self._tokens: NDArray[np.int64] | None = None
@@ -136,6 +138,10 @@ class Store:
     @property
     def prompts(self) -> Prompts:
         """The prompts: `store.prompts[3].rows`, `.ids`, `.positions`, `.text`."""
+        from lamina.prompts import Prompts
+
+        if self._prompts is None:
+            self._prompts = Prompts(self._core, stored=self._options.get("positions"))
         return self._prompts
 
     @property
@@ -144,6 +150,10 @@ class Store:
 
         Read at the first use; the array belongs to this object, so copy it before changing it.
         """
+        import numpy as np
+
+        from lamina.prompts import UNKNOWN_TOKEN
+
         if self._tokens is None:
             tokens = np.asarray(self._core.row_table(0, self.rows)[0]).astype(np.int64)
             tokens[tokens == UNKNOWN_TOKEN] = -1
@@ -153,6 +163,8 @@ class Store:
     @property
     def positions(self) -> NDArray[np.int64]:
         """The position of every row in its own prompt, int64 `[rows]`; as `tokens` otherwise."""
+        import numpy as np
+
         if self._positions is None:
             self._positions = np.asarray(self._core.row_table(0, self.rows)[1]).astype(np.int64)
         return self._positions
@@ -251,6 +263,8 @@ class Store:
             PositionError: A row lies outside the store.
             InputError: A path has a position, or `out` does not fit.
         """
+        from lamina.gather import gather
+
         indices: list[int] = []
         for found, position in self._targets(sites):
             if position not in (None, slice(None)):
@@ -259,25 +273,7 @@ class Store:
                     "use store[...] or store.load(...), or rows from store.prompts.rows_at(...)"
                 )
             indices.append(found)
-        if not indices:
-            raise InputError("gather needs at least one site")
-        wanted = as_indices(rows, self.rows, "the rows of the store")
-        flat = np.ascontiguousarray(wanted.reshape(-1))
-        same = len({self._facts[index][1:] for index in indices}) == 1
-        if out is None:
-            tensors = [as_torch(tensor) for tensor in self._core.gather(indices, flat)]
-        else:
-            dtype, feature = self._facts[indices[0]][1:]
-            shape = (*wanted.shape, len(indices), *feature)
-            tensors = [_fitting(out, dtype if same else None, shape)]
-            raw = tensors[0].detach().view(-1).view(tensors[0].new_empty(0).byte().dtype).numpy()
-            self._core.gather(indices, flat, [raw])
-        if same:
-            return tensors[0].reshape(*wanted.shape, *tensors[0].shape[1:]) if out is None else out
-        return {
-            self._facts[index][0]: tensor.reshape(*wanted.shape, *tensor.shape[1:])
-            for index, tensor in zip(indices, tensors, strict=True)
-        }
+        return gather(self._core, [(index, self._facts[index]) for index in indices], rows, out)
 
     def load(
         self, targets: Targets, *, prompts: int | slice | Several | None = None
@@ -298,12 +294,7 @@ class Store:
         """
         from lamina.saved import load
 
-        numbers = (
-            None
-            if prompts is None
-            else np.atleast_1d(as_indices(prompts, len(self.prompts), "the prompts"))
-        )
-        return load(self._core, self._prompts, self._targets(targets), numbers, self._identity)
+        return load(self._core, self.prompts, self._targets(targets), prompts, self._identity)
 
     # ── The store as a whole ─────────────────────────────────────────────────────────────────────
 
@@ -381,12 +372,14 @@ class Store:
     def _column(self, index: int, position: Position) -> Column:
         if position == slice(None):
             position = None  # all of it, as a view
+        from lamina.column import Column
+
         facts = self._facts[index]
         path = facts[0] if position is None else self._text(index, position)
-        return Column(self._core, self._prompts, index, facts, path, position)
+        return Column(self._core, self.prompts, index, facts, path, position)
 
 
-class Columns(Mapping[str, Column]):
+class Columns(Mapping[str, "Column"]):
     """The columns that a pattern stands for, in the order of the sites: path to column."""
 
     def __init__(self, store: Store, columns: Sequence[Column]) -> None:
@@ -451,20 +444,6 @@ class Verification:
             for each in self.damage
         ]
         return "\n".join(lines)
-
-
-def _fitting(out: torch.Tensor, dtype: str | None, shape: tuple[int, ...]) -> torch.Tensor:
-    """Return a tensor that gathered rows can be put into as they are."""
-    if dtype is None:
-        raise InputError("sites of different dtypes or shapes cannot be gathered into one `out`")
-    found = str(out.dtype).removeprefix("torch.")
-    if found != dtype or tuple(out.shape) != shape:
-        raise InputError(
-            f"out must be {shape_text(shape)} {dtype}, not {shape_text(out.shape)} {found}"
-        )
-    if not out.is_contiguous() or out.device.type != "cpu":
-        raise InputError(f"out must be contiguous and on the CPU; it is on {out.device}")
-    return out
 
 
 def _reopened(directory: str, version: int) -> Store:
