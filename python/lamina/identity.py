@@ -133,7 +133,7 @@ def opaque_reasons(model: object, module: torch.nn.Module) -> list[str]:
 
 
 def _computes_quantised(module: torch.nn.Module) -> bool:
-    """Return whether modules of a quantiser's own compute; GGUF files are unpacked to plain ones."""
+    """Return whether a quantiser's own modules compute; GGUF files are unpacked to plain ones."""
     plain = ("torch.nn.", "transformers.models.", "transformers.activations")
     return bool(getattr(module, "is_quantized", False)) and any(
         not type(each).__module__.startswith(plain) for each in module.modules()
