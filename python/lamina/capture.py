@@ -261,7 +261,7 @@ def _write(
     request: Request, writer: _core.Writer, progress: Progress, commit_seconds: float
 ) -> Store:
     """Begin or resume under the lock, compute what is missing, and finish."""
-    found = Found.of(writer) if writer.has_store else None
+    found = Found.look(request.directory) if writer.has_store else None
     if found is not None:  # perhaps another than before the lock was taken
         _check_model(request, found)
         if found.complete:
@@ -275,11 +275,14 @@ def _write(
         limits.check(spool.summary.prompts)
         if found is not None:
             _check_prompts(request, found, spool.summary)
+            kept = found.recorded.get("texts_kept"), spool.summary.text_bytes is not None
+            if kept[0] != kept[1]:
+                raise refusal(request.directory, {"texts": kept})
         if request.options.short == "error":
             check_positions(spool, request.positions)
         work = _work(request, spool)
         rows, row_bytes = sum(w.rows for w in work.windows()), sum(work.row_bytes)
-        remaining = rows - (writer.rows if found is not None else 0)
+        remaining = rows - (0 if found is None else found.rows)
         _check_space(request, remaining, row_bytes, spool.summary, progress)
     except BaseException:
         if found is None:

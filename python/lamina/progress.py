@@ -104,9 +104,9 @@ class Progress:
         speed = (self._done_bytes - row_bytes) / seconds
         share = self._done / self._total if self._total else 1.0
         left = duration_text((self._total - self._done) / rate) if rate else "?"
-        filled = int(share * 20)
+        filled = int(share * 10)
         return (
-            f"capturing {share:6.1%} [{'#' * filled}{' ' * (20 - filled)}] "
+            f"{share:6.1%} [{'#' * filled}{' ' * (10 - filled)}] "
             f"{count_text(self._done)}/{count_text(self._total)} tokens  "
             f"{count_text(rate)} tok/s  {bytes_text(speed)}/s  ETA {left}"
         )

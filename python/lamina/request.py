@@ -48,25 +48,23 @@ class Found:
     options: dict[str, Any]
     complete: bool
     windows: int
-
-    @classmethod
-    def of(cls, source: _core.Store | _core.Writer) -> Found:
-        """Return what an open store or its writer says."""
-        about = json.loads(source.about)
-        return cls(
-            json.loads(source.identity),
-            about.get("recorded", {}),
-            about.get("options", {}),
-            source.complete,
-            source.windows,
-        )
+    rows: int
 
     @classmethod
     def look(cls, directory: str) -> Found | None:
         """Return what the store in a directory says, or None where there is none; takes no lock."""
         if _core.probe(directory) != "store":
             return None
-        return cls.of(_core.Store.open(directory))
+        store = _core.Store.open(directory)
+        about = json.loads(store.about)
+        return cls(
+            identity=json.loads(store.identity),
+            recorded=about.get("recorded", {}),
+            options=about.get("options", {}),
+            complete=store.complete,
+            windows=store.windows,
+            rows=store.rows,
+        )
 
 
 @dataclass(frozen=True)
