@@ -172,6 +172,7 @@ except DiskError as error:
 """
 
 
+@pytest.mark.parametrize("store", ["many shards"], indirect=True)
 def test_addresses_that_cannot_be_had_are_an_error_that_names_the_setting(store):
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_ADDRESSES, store.directory],
@@ -185,6 +186,7 @@ def test_addresses_that_cannot_be_had_are_an_error_that_names_the_setting(store)
     assert re.match(expected, done.stdout), done.stdout
 
 
+@pytest.mark.parametrize("store", ["many shards"], indirect=True)
 def test_opening_and_dropping_columns_leaves_nothing_behind(store):
     def mappings() -> int:
         return len(Path("/proc/self/maps").read_text().splitlines())
@@ -286,6 +288,7 @@ print(float(tensor.sum()))
 """
 
 
+@pytest.mark.parametrize("store", ["many shards"], indirect=True)
 def test_whatever_is_left_at_the_end_of_the_interpreter_is_no_harm(store):
     done = subprocess.run(
         [sys.executable, "-c", AT_THE_END, store.directory],
@@ -313,6 +316,7 @@ class Rows(torch.utils.data.Dataset):
         return os.getpid(), value
 
 
+@pytest.mark.parametrize("store", ["many shards"], indirect=True)
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork.*:DeprecationWarning")
 def test_forked_loader_workers_read_the_column_and_write_to_their_own(store):
     column = torch.from_dlpack(store.column(0))
@@ -329,6 +333,7 @@ def test_forked_loader_workers_read_the_column_and_write_to_their_own(store):
     assert torch.equal(column, values_of(SITE))
 
 
+@pytest.mark.parametrize("store", ["many shards"], indirect=True)
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork.*:DeprecationWarning")
 def test_a_forked_child_uses_and_drops_the_store_by_itself(store, tmp_path):
     tensor = torch.from_dlpack(store.column(0))
@@ -351,6 +356,7 @@ def test_a_forked_child_uses_and_drops_the_store_by_itself(store, tmp_path):
     assert torch.equal(torch.from_dlpack(store.read(0, 0, ROWS)), values_of(SITE))
 
 
+@pytest.mark.parametrize("store", ["many shards"], indirect=True)
 def test_a_gather_overlaps_with_python(store):
     """The GIL is released while rows are gathered: another thread counts meanwhile."""
     rows = np.tile(np.arange(ROWS, dtype=np.int64), 2000)
