@@ -1,15 +1,17 @@
 """What is recorded is what the model computed: bit for bit what a plain forward gives."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from tests.models import FAMILIES, albert, bloom, one_thread, plain, roberta
-from tests.recording import plain_forward, prompts_of, record, same_bits, truth
+from tests.recording import plain_forward, prompts_of, record, same_bits, tensor_of, truth
 
-from lamina.positions import make_batch
+import lamina as lm
+from lamina.positions import Batch, make_batch
 from lamina.sites import resolve
 
 LENGTHS = {"right": [5, 1, 9, 3, 9, 2, 7, 4], "left": [5, 1, 9, 3, 9, 2, 7, 4], "none": [6] * 8}
@@ -141,3 +143,115 @@ def test_smollm2_rows_equal_a_plain_forward(smollm2: tuple[Any, Any]) -> None:
         for name, rows in (rows_of or record(model, resolved, prompts, padding=padding)).items():
             apart = (rows - alone[name]).norm(dim=-1) / alone[name].norm(dim=-1)
             assert float(apart.max()) <= 1e-5, (name, padding)
+
+
+class Spy:
+    """Keeps what a model is given, so that a plain forward can be given the same."""
+
+    def __init__(self, model: Any) -> None:
+        self.batches: list[Batch] = []
+        self._handle = model.register_forward_pre_hook(self._see, with_kwargs=True)
+
+    def _see(self, _module: Any, _args: Any, given: dict[str, torch.Tensor]) -> None:
+        ids, mask = given["input_ids"], given["attention_mask"]
+        self.batches.append(Batch(ids, mask, given.get("position_ids", torch.zeros(0))))
+
+    def stop(self) -> list[Batch]:
+        self._handle.remove()
+        return self.batches
+
+
+def stored_and_expected(
+    model: Any, store: Any, prompts: list[np.ndarray], batches: list[Batch]
+) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    """Every site's stored rows of every prompt, and those of a plain forward of its batch."""
+    numbers = {tuple(prompt): number for number, prompt in enumerate(prompts)}
+    resolved = resolve(model, list(store.sites))
+    columns = {str(site): store[str(site)].tensor for site in resolved.sites}
+    met = set()
+    for batch in batches:
+        real = batch.attention_mask.bool()
+        rows = [tuple(ids[own].tolist()) for ids, own in zip(batch.input_ids, real, strict=True)]
+        if not all(row in numbers for row in rows):
+            continue  # the tiny forwards
+        log = plain_forward(model, batch, position_ids=resolved.position_ids)
+        for site in resolved.sites:
+            tensor = tensor_of(log, site)
+            if site.flat:
+                tensor = tensor.reshape(*real.shape, *tensor.shape[1:])
+            for place, row in enumerate(rows):
+                where = store.prompts[numbers[row]].rows
+                yield str(site), columns[str(site)][where], tensor[place][real[place]]
+                met.add(row)
+    assert met == set(numbers)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_store_holds_what_plain_forwards_of_its_batches_give(
+    family: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    build, paths = FAMILIES[family]
+    model = build(dtype)
+    for padding in ("right", "left", "none"):
+        prompts = prompts_of(LENGTHS[padding], seed=4)
+        for batch_size in (1, 8):
+            spy = Spy(model)
+            to = tmp_path / f"{padding}-{batch_size}"
+            lm.capture(
+                model,
+                [prompt.tolist() for prompt in prompts],
+                paths,
+                to=to,
+                padding=padding,
+                batch_size=batch_size,
+                progress=False,
+            )
+            batches = spy.stop()
+            store = lm.open(to)
+            assert store.rows == sum(map(len, prompts))
+            assert list(store.sites) == [str(site) for site in resolve(model, paths).sites]
+            for name, stored, expected in stored_and_expected(model, store, prompts, batches):
+                assert same_bits(stored, expected), (name, padding, batch_size)
+
+
+def test_a_store_of_an_edited_nnsight_model_holds_edited_values(tmp_path: Path) -> None:
+    nnsight = pytest.importorskip("nnsight")
+    model = nnsight.NNsight(FAMILIES["gpt2"][0]())
+    with model.edit(inplace=True):
+        model.transformer.h[1].input = model.transformer.h[1].input * 2
+    prompts = prompts_of([4, 2, 7])
+    paths = ["model.transformer.h[1].input", "model.transformer.h[:].output"]
+    store = lm.capture(
+        model,
+        [prompt.tolist() for prompt in prompts],
+        paths,
+        to=tmp_path / "acts",
+        identity={"edits": "doubled"},
+        batch_size=1,
+        progress=False,
+    )
+    first = store["model.transformer.h[0].output"].tensor
+    assert same_bits(store["model.transformer.h[1].input"].tensor, first * 2)
+    expected = record(model, paths, prompts, batch_size=1)
+    assert all(same_bits(store[name].tensor, rows) for name, rows in expected.items())
+
+
+def test_what_a_store_holds_can_be_patched_into_a_run(tmp_path: Path) -> None:
+    model = FAMILIES["llama"][0]()
+    source, target = prompts_of([6, 3], seed=1), prompts_of([5, 9], seed=2)
+    store = lm.capture(
+        model,
+        [prompt.tolist() for prompt in source],
+        "model.layers[:].output",
+        to=tmp_path / "acts",
+        progress=False,
+        batch_size=1,
+    )
+    saved = store.load("model.layers[2].output[-1]", prompts=[1])
+    batch = make_batch(target, "left", 0)
+    with torch.no_grad(), lm.patched(model, saved):
+        patched = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    alone = make_batch(source[1:])
+    expected = model(input_ids=alone.input_ids, attention_mask=alone.attention_mask).logits[0, -1]
+    assert torch.allclose(patched[:, -1], expected.expand(2, -1), atol=1e-5)
