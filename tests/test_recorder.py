@@ -131,6 +131,15 @@ def test_values_are_those_after_the_interventions_of_others() -> None:
     assert same_bits(after["model.transformer.h[1].input"], after[names[0]] + 1)
 
 
+def test_later_writes_in_place_do_not_reach_recorded_rows() -> None:
+    model = gpt2()
+    expected = record(model, BLOCKS, prompts_of([4]))
+    model.transformer.h[1].ln_1.register_forward_pre_hook(lambda _m, args: args[0].zero_())
+    recorded = record(model, BLOCKS, prompts_of([4]))
+    name = "model.transformer.h[0].output"
+    assert same_bits(recorded[name], expected[name])
+
+
 def test_dropout_is_off_while_recording() -> None:
     model = gpt2(resid_pdrop=0.5)
     quiet = record(model, BLOCKS, prompts_of([5]))
@@ -294,6 +303,27 @@ def test_sites_given_backwards_need_no_order_in_a_trace() -> None:
     assert list(recorded) == paths[::-1]
     expected = record(gpt2(), paths, prompts_of([3, 5]))
     assert all(same_bits(rows, expected[name]) for name, rows in recorded.items())
+
+
+def test_modules_that_an_edit_skips_give_what_replaces_them() -> None:
+    model = traced()
+    with model.edit(inplace=True):
+        model.transformer.h[1].skip(model.transformer.h[1].input)
+    recorded = record(model, BLOCKS, prompts_of([3, 4]))
+    first, second = (recorded[f"model.transformer.h[{layer}].output"] for layer in (0, 1))
+    assert same_bits(first, second)
+    with pytest.raises(
+        SiteError, match=r"`model\.transformer\.h\[1\]\.mlp\.output` is never reached"
+    ):
+        record(model, "model.transformer.h[1].mlp.output", prompts_of([3]))
+
+
+def test_a_part_of_an_nnsight_model_is_a_model() -> None:
+    whole = traced()
+    recorded = record(whole.transformer, ["model.h[:].output", "model.h[1].input"], prompts_of([3]))
+    expected = record(gpt2(), [BLOCKS, "model.transformer.h[1].input"], prompts_of([3]))
+    for (_, rows), (_, others) in zip(recorded.items(), expected.items(), strict=True):
+        assert same_bits(rows, others)
 
 
 def test_encoders_in_nnsight_whose_modules_are_called_output() -> None:

@@ -18,6 +18,7 @@ from tests.models import (
     mixtral,
     one_thread,
     plain,
+    roberta,
 )
 from torch import nn
 
@@ -233,6 +234,29 @@ def test_a_model_must_take_ids_and_mask() -> None:
         resolve(nn.Linear(2, 2), "model.output")
     with pytest.raises(InputError, match=r"str is no model: expected a torch\.nn\.Module"):
         resolve("gpt2", "model.output")
+
+
+class Wrapper(nn.Module):
+    """Hands on whatever it is given, as adapters around a model do."""
+
+    def __init__(self, inner: nn.Module, *, drop: str = "") -> None:
+        super().__init__()
+        self.inner = inner
+        self.drop = drop
+
+    def forward(self, input_ids: torch.Tensor, **given: Any) -> Any:
+        given.pop(self.drop, None)
+        return self.inner(input_ids=input_ids, **given)
+
+
+def test_position_ids_are_given_where_they_have_an_effect() -> None:
+    site = "model.inner.lm_head.output"
+    assert resolve(gpt2(), "model.lm_head.output").position_ids
+    assert resolve(Wrapper(gpt2()), site).position_ids
+    assert not resolve(Wrapper(gpt2(), drop="position_ids"), site).position_ids
+    assert not resolve(plain(), "model.mix.output").position_ids
+    assert not resolve(bloom(), "model.lm_head.output").position_ids
+    assert not resolve(roberta(), "model.encoder.layer[0].output").position_ids
 
 
 def test_a_vocabulary_of_two_tokens_is_enough() -> None:

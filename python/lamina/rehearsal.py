@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from lamina import forward, ports, tracing
@@ -159,21 +159,26 @@ def _describe_inputs(
 
 
 def _counts_from_zero(module: torch.nn.Module) -> bool:
+    """Return whether position ids matter to a model, and it counts from 0 when given none."""
     import torch
 
-    if not forward.takes(module, "position_ids", by_name=True):
+    if not forward.takes(module, "position_ids"):
         return False
     batch = make_batch(list(tiny_ids(module, *SIZES[0])), "none")
-    results = []
-    for position_ids in (False, True):
-        arguments = forward.call_arguments(module, batch, position_ids=position_ids)
-        try:
-            results.append(ports.first_tensor(module(**arguments)))
-        except Exception:
-            if not position_ids:
-                raise
-            return False
-    without, given = results
-    if without is None or given is None:
-        return False
-    return torch.equal(torch.nan_to_num(without), torch.nan_to_num(given))
+    backwards = replace(batch, position_ids=batch.position_ids.flip(-1))
+    plainly = _result(module, forward.call_arguments(module, batch, position_ids=False))
+    try:
+        counted, reversed_ = (
+            _result(module, forward.call_arguments(module, each, position_ids=True))
+            for each in (batch, backwards)
+        )
+    except Exception:
+        return False  # taken by name only, not in fact
+    return torch.equal(plainly, counted) and not torch.equal(plainly, reversed_)
+
+
+def _result(module: torch.nn.Module, arguments: dict[str, Any]) -> torch.Tensor:
+    import torch
+
+    found = ports.first_tensor(module(**arguments))
+    return torch.zeros(0) if found is None else torch.nan_to_num(found)
