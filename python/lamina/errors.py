@@ -29,7 +29,7 @@
 ``kind`` is stable text: it never changes for a class, and new classes only add to it.
 """
 
-from typing import ClassVar
+from typing import ClassVar, Self
 
 __all__ = [
     "CastOverflowError",
@@ -212,6 +212,10 @@ class DiskError(StoreError, OSError):
         super().__init__(message)
         self.errno = errno
         self.filename = filename
+
+    def __reduce__(self) -> tuple[type[Self], tuple[str, int | None, str | None]]:
+        """Keep the facts when another process gets the error."""
+        return type(self), (str(self), self.errno, self.filename)
 
 
 class DiskFullError(DiskError):

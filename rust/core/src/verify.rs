@@ -45,6 +45,7 @@ struct Work<'a> {
     stop: AtomicBool,
     damages: Mutex<Vec<Damage>>,
     failure: Mutex<Option<Error>>,
+    missing_is_damage: bool,
 }
 
 impl Store {
@@ -62,10 +63,25 @@ impl Store {
         progress: &mut dyn FnMut(u64, u64) -> bool,
     ) -> Result<Vec<Damage>> {
         let progress = std::cell::RefCell::new(progress);
-        self.with_view(|view| {
-            let mut progress = progress.borrow_mut();
-            verify(self.disk(), view, self.rows(), threads, &mut **progress)
-        })
+        let attempt = |missing_is_damage: bool| {
+            self.with_view(|view| {
+                let mut progress = progress.borrow_mut();
+                let rows = self.rows();
+                verify(
+                    self.disk(),
+                    view,
+                    rows,
+                    threads,
+                    missing_is_damage,
+                    &mut **progress,
+                )
+            })
+        };
+        // A missing file may only mean a newer version; missing from the newest, it is damage.
+        match attempt(false) {
+            Err(Error::Missing { .. }) => attempt(true),
+            other => other,
+        }
     }
 }
 
@@ -74,6 +90,7 @@ fn verify(
     view: &View,
     rows: u64,
     threads: usize,
+    missing_is_damage: bool,
     progress: &mut dyn FnMut(u64, u64) -> bool,
 ) -> Result<Vec<Damage>> {
     let plan = &view.manifest.plan;
@@ -109,6 +126,7 @@ fn verify(
         stop: AtomicBool::new(false),
         damages: Mutex::default(),
         failure: Mutex::default(),
+        missing_is_damage,
     };
     let available = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     let threads = if threads == 0 { available } else { threads };
@@ -182,6 +200,10 @@ impl Work<'_> {
                 Err(Error::Damaged { place, found }) => {
                     broken.insert(task.shard);
                     self.report(*place, found);
+                }
+                Err(Error::Missing { place, .. }) if self.missing_is_damage => {
+                    broken.insert(task.shard);
+                    self.report(*place, String::from("the file is not there"));
                 }
                 Err(error) => {
                     self.stop.store(true, Ordering::Relaxed);
