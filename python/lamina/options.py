@@ -26,7 +26,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "empty": ("error", "skip"),
     "overflow": ("report", "error"),
 }
-_LEAST = {"batch_size": 1, "window_bytes": 1, "shard_bytes": 1 << 16, "max_length": 1}
+_LEAST = {"batch_size": 1, "window_bytes": 1, "shard_bytes": 1 << 12, "max_length": 1}
 
 
 @dataclass(frozen=True, slots=True)
