@@ -12,7 +12,23 @@ from typing_extensions import Buffer, CapsuleType, Self
 _Selector: TypeAlias = int | slice | list[int]
 _Site: TypeAlias = tuple[str, str, tuple[int, ...]]
 
-__all__: list[str]
+__all__ = [
+    "Damage",
+    "FORMAT",
+    "ModuleTree",
+    "Path",
+    "SiteIndex",
+    "Store",
+    "Tensor",
+    "Writer",
+    "dtype_name",
+    "dtype_size",
+    "free_bytes",
+    "hash_bytes",
+    "probe",
+    "row_bytes",
+    "rows_per_shard",
+]
 
 FORMAT: Final[str]
 
