@@ -201,7 +201,8 @@ class Prompts(Sequence[Prompt]):
             row = int(wanted)
             positions = np.asarray(self._core.row_table(row, row + 1)[1])
             return int(np.asarray(self._core.prompts_of(wanted.reshape(1)))[0]), int(positions[0])
-        prompts = np.asarray(self._core.prompts_of(np.ascontiguousarray(wanted.reshape(-1))))
+        flat = np.ascontiguousarray(wanted.reshape(-1))
+        prompts = np.asarray(self._core.prompts_of(flat)).astype(np.int64)
         return prompts.reshape(wanted.shape), self._positions_of(wanted)
 
     def select(self, position: Position, prompts: int | slice | Several | None = None) -> Selection:

@@ -97,7 +97,8 @@ def _found(node: Values) -> object:
 
 def steps_of(path: _core.Path) -> tuple[Step, ...]:
     """Return the steps from the root to a site: `transformer`, `h`, 2, `output`."""
-    steps: list[Step] = [*path.steps, path.port]
+    steps: list[Step] = [step for step in path.steps if isinstance(step, int | str)]
+    steps.append(path.port)
     if path.call:
         steps.append(f"@{path.call}")
     steps.extend(path.elements)
