@@ -120,5 +120,5 @@ $(STAMPS)/models: Makefile $(STAMPS)/dependencies
 
 $(STAMPS)/core: $(RUST_SOURCES) pyproject.toml $(STAMPS)/dependencies
 	@echo 'building the core (release)'
-	@$(BIN)/maturin develop --release --locked --quiet
+	@$(BIN)/maturin develop --release --locked --quiet $$([ ! -x $(BIN)/uv ] || echo --uv)
 	@touch $@
