@@ -142,7 +142,13 @@ class Request:
             "recorded": recorded,
             "options": {**asdict(self.options), "positions": self.positions.text},
             "structure": self.resolved.structure,
+            "containers": self.containers(),
         }
+
+    def containers(self) -> dict[str, int]:
+        """Return how long the model's lists of modules are: what `[-1]` means in the store."""
+        tree = _core.ModuleTree([name for name, _ in self.module.named_modules()])
+        return tree.lengths([site.path for site in self.resolved.sites])
 
     def rounding(self) -> dict[str, Any]:
         """Return what changes no more than rounding."""
