@@ -6,8 +6,9 @@ use crate::checksum::{self, BLOCK_BYTES, Running};
 use crate::disk::{Disk, DiskFile, Folder};
 use crate::error::{Error, Result};
 use crate::header;
-use crate::layout::{Layout, Plan, Side, Size, Tensor};
+use crate::layout::{Layout, Plan, Size, Tensor};
 use crate::manifest::Entry;
+use crate::side::Side;
 use crate::stream::Stream;
 
 /// The shard being filled.
@@ -59,11 +60,7 @@ impl PromptTable {
             let file: Arc<dyn DiskFile> = Arc::from(disk.create(Folder::Shards, &name)?);
             streams.push(Stream::new(&file, 0, BLOCK_BYTES));
         }
-        Ok(Self {
-            streams,
-            texts,
-            mark: Mark::default(),
-        })
+        Ok(Self { streams, texts, mark: Mark::default() })
     }
 
     /// Begins a table at its final place in `file`.
@@ -73,11 +70,7 @@ impl PromptTable {
             .filter_map(|&side| layout.side(side))
             .map(|region| Stream::new(file, region.offset, BLOCK_BYTES))
             .collect();
-        Self {
-            streams,
-            texts,
-            mark: Mark::default(),
-        }
+        Self { streams, texts, mark: Mark::default() }
     }
 
     pub(crate) fn mark(&self) -> Mark {
@@ -111,13 +104,8 @@ impl PromptTable {
 
     /// Appends everything of `other` from `from` on, checked as it is read back.
     pub(crate) fn append_table(&mut self, other: &Self, from: Mark) -> Result<()> {
-        let starts = [
-            from.prompts * 8,
-            from.prompts * 8,
-            from.ids * 4,
-            from.prompts * 8,
-            from.text_bytes,
-        ];
+        let starts =
+            [from.prompts * 8, from.prompts * 8, from.ids * 4, from.prompts * 8, from.text_bytes];
         for ((stream, source), start) in self.streams.iter_mut().zip(&other.streams).zip(starts) {
             source.read_checked((start, source.len()), &mut |bytes| stream.append(bytes))?;
         }
@@ -150,10 +138,7 @@ impl Build {
         capacity: u64,
         reserve: bool,
     ) -> Result<Self> {
-        let layout = plan.layout(&Size {
-            rows: capacity,
-            ..Size::default()
-        })?;
+        let layout = plan.layout(&Size { rows: capacity, ..Size::default() })?;
         let file: Arc<dyn DiskFile> = Arc::from(disk.create(Folder::Shards, part)?);
         if reserve {
             file.reserve(layout.file_bytes)?;
@@ -169,14 +154,7 @@ impl Build {
                 streams.push(Stream::new(&file, region.offset, region.block_bytes));
             }
         }
-        Ok(Self {
-            plan: Arc::clone(plan),
-            file,
-            part,
-            capacity,
-            streams,
-            rows: 0,
-        })
+        Ok(Self { plan: Arc::clone(plan), file, part, capacity, streams, rows: 0 })
     }
 
     pub(crate) fn rows(&self) -> u64 {
@@ -218,10 +196,7 @@ impl Build {
         tables: &[(&PromptTable, Mark)],
         head: u64,
     ) -> Result<(Sealed, Size)> {
-        let mut size = Size {
-            rows: self.rows - from,
-            ..Size::default()
-        };
+        let mut size = Size { rows: self.rows - from, ..Size::default() };
         for (table, mark) in tables {
             size.prompts += table.mark.prompts - mark.prompts;
             size.ids += table.mark.ids - mark.ids;
@@ -249,10 +224,7 @@ impl Build {
 
     /// Writes what is missing (prompt tables, checksums, header last) and makes the file durable.
     pub(crate) fn seal(self, prompts: &PromptTable, head: u64) -> Result<Sealed> {
-        debug_assert_eq!(
-            self.rows, self.capacity,
-            "a shard is sealed in its own layout"
-        );
+        debug_assert_eq!(self.rows, self.capacity, "a shard is sealed in its own layout");
         let size = Size {
             rows: self.rows,
             prompts: prompts.mark.prompts,
@@ -268,64 +240,39 @@ impl Build {
         };
         let sites = self.plan.sites().len();
         for region in layout.checked() {
-            match region.tensor {
-                Tensor::Pad(_) => record(&zeros(region.bytes)),
-                Tensor::Site(site) => self
-                    .streams
-                    .get(site)
-                    .map(Stream::running)
-                    .into_iter()
-                    .for_each(&mut record),
-                Tensor::Side(side) => {
-                    let stream = match PROMPT_SIDES.iter().position(|&named| named == side) {
-                        Some(index) => prompts.streams.get(index),
-                        None => self.streams.get(sites + row_side(side)),
-                    };
-                    if let Some(stream) = stream {
-                        record(stream.running());
-                        place(stream, &self.file, region.offset)?;
-                    }
+            let stream = match region.tensor {
+                Tensor::Pad(_) => {
+                    record(&zeros(region.bytes));
+                    continue;
                 }
-            }
+                Tensor::Site(index) => self.streams.get(index),
+                Tensor::Side(named) => {
+                    let prompt = PROMPT_SIDES.iter().position(|&side| side == named);
+                    let row = named.row_table().map(|table| sites + table);
+                    let of_row = row.and_then(|index| self.streams.get(index));
+                    of_row.or_else(|| prompts.streams.get(prompt?))
+                }
+            };
+            let Some(stream) = stream else {
+                let reason = String::from("a layout with a tensor that nobody wrote");
+                return Err(Error::Closed { reason });
+            };
+            record(stream.running());
+            place(stream, &self.file, region.offset)?;
         }
         let header = header::header(&self.plan, &layout, head);
         let mut tables = crcs;
         let gap = layout.side(Side::Crc32c).zip(layout.side(Side::Xxh3));
         let Some((crc_region, xxh3_region)) = gap else {
-            return Err(Error::Closed {
-                reason: String::from("a layout without checksum tables"),
-            });
+            return Err(Error::Closed { reason: String::from("a layout without checksum tables") });
         };
-        tables.resize(
-            crate::shard::length(xxh3_region.offset - crc_region.offset),
-            0,
-        );
+        tables.resize(crate::shard::length(xxh3_region.offset - crc_region.offset), 0);
         tables.extend_from_slice(&xxh3s);
         self.file.write_at(crc_region.offset, &tables)?;
         self.file.write_at(0, &header)?;
         self.file.sync()?;
         let name = checksum::name([header.as_slice(), tables.as_slice()]);
-        Ok(Sealed {
-            part: self.part,
-            name,
-            size,
-            head,
-        })
-    }
-}
-
-fn row_side(side: Side) -> usize {
-    match side {
-        Side::RowToken => 0,
-        Side::RowPosition => 1,
-        Side::RowFlags
-        | Side::PromptRows
-        | Side::PromptLength
-        | Side::PromptIds
-        | Side::PromptTextLength
-        | Side::PromptText
-        | Side::Crc32c
-        | Side::Xxh3 => 2,
+        Ok(Sealed { part: self.part, name, size, head })
     }
 }
 

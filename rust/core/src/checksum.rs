@@ -32,10 +32,7 @@ pub struct Running {
 
 impl std::fmt::Debug for Running {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        formatter
-            .debug_struct("Running")
-            .field("len", &self.len)
-            .finish_non_exhaustive()
+        formatter.debug_struct("Running").field("len", &self.len).finish_non_exhaustive()
     }
 }
 
@@ -54,6 +51,11 @@ impl Running {
     /// Returns the bytes seen.
     pub fn len(&self) -> u64 {
         self.len
+    }
+
+    /// Returns whether no byte was seen.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
     }
 
     /// Returns the bytes of a whole block.
@@ -91,10 +93,7 @@ impl Running {
     /// Returns the CRC of every block, the unfinished last one included.
     pub fn blocks(&self) -> impl Iterator<Item = u32> + '_ {
         let unfinished = !self.len.is_multiple_of(self.block_bytes);
-        self.blocks
-            .iter()
-            .copied()
-            .chain(unfinished.then_some(self.current))
+        self.blocks.iter().copied().chain(unfinished.then_some(self.current))
     }
 
     /// Returns the XXH3-128 of all bytes, low half first.
@@ -104,10 +103,7 @@ impl Running {
 }
 
 /// Returns the low and the high half of a 128-bit digest.
-#[expect(
-    clippy::cast_possible_truncation,
-    reason = "the halves are what is wanted"
-)]
+#[expect(clippy::cast_possible_truncation, reason = "the halves are what is wanted")]
 pub fn halves(digest: u128) -> [u64; 2] {
     [digest as u64, (digest >> 64) as u64]
 }
@@ -161,10 +157,7 @@ mod tests {
         for piece in bytes.chunks(77) {
             pieces.update(piece);
         }
-        assert_eq!(
-            whole.blocks().collect::<Vec<_>>(),
-            pieces.blocks().collect::<Vec<_>>()
-        );
+        assert_eq!(whole.blocks().collect::<Vec<_>>(), pieces.blocks().collect::<Vec<_>>());
         assert_eq!(whole.xxh3(), pieces.xxh3());
         assert_eq!(whole.blocks().count(), 14);
         assert_eq!(whole.block(13), Some(crc32c(0, &bytes[3900..])));

@@ -23,16 +23,12 @@ impl Store {
 
     fn map_column(&self, view: &View, site: usize) -> Result<SharedMap> {
         let row_bytes = self.plan().row_bytes(site);
-        let total = self.rows().checked_mul(row_bytes).unwrap_or(u64::MAX);
+        let total = self.rows().saturating_mul(row_bytes);
         let full = self.plan().rows_per_shard();
         let page = page_bytes() as u64;
         let mut column: Option<OwnedMap> = None;
         for (index, start) in view.starts.iter().enumerate() {
-            let rows = view
-                .manifest
-                .shards
-                .get(index)
-                .map_or(0, |shard| shard.rows);
+            let rows = view.manifest.shards.get(index).map_or(0, |shard| shard.rows);
             let rows = rows.min(self.rows().saturating_sub(start.row));
             if rows == 0 {
                 continue;
@@ -44,11 +40,8 @@ impl Store {
             let column = match &mut column {
                 Some(column) => column,
                 empty @ None => {
-                    let congruent = if region.offset.is_multiple_of(page) {
-                        region.offset
-                    } else {
-                        0
-                    };
+                    let congruent =
+                        if region.offset.is_multiple_of(page) { region.offset } else { 0 };
                     let reserved = OwnedMap::reserve(length(total), congruent % HUGE_PAGE)?;
                     empty.insert(reserved)
                 }
@@ -59,11 +52,7 @@ impl Store {
             if follows_full && at.is_multiple_of(page) && region.offset.is_multiple_of(page) {
                 let name = opened.shard.entry().file_name();
                 let file = self.disk().open(Folder::Shards, &name).map_err(|error| {
-                    if error.is_not_found() {
-                        self.missing(&opened.shard)
-                    } else {
-                        error
-                    }
+                    if error.is_not_found() { self.missing(&opened.shard) } else { error }
                 })?;
                 if file.id()? != opened.shard.id() {
                     let place = crate::shard::place(
@@ -75,10 +64,7 @@ impl Store {
                     let found = String::from(
                         "the file was replaced or changed its size since it was checked",
                     );
-                    return Err(Error::Damaged {
-                        place: Box::new(place),
-                        found,
-                    });
+                    return Err(Error::Damaged { place: Box::new(place), found });
                 }
                 if let Some(descriptor) = file.descriptor() {
                     column.place(length(at), descriptor, region.offset, length(bytes))?;
@@ -87,9 +73,14 @@ impl Store {
             }
             let source = opened.shard.region_bytes(&region).unwrap_or_default();
             let target = column.bytes_mut().get_mut(length(at)..length(at + bytes));
-            if let (Some(target), Some(source)) = (target, source.get(..length(bytes))) {
-                target.copy_from_slice(source);
-            }
+            let (Some(target), Some(source)) = (target, source.get(..length(bytes))) else {
+                return Err(Error::Mismatch {
+                    what: String::from("a region of a checked shard"),
+                    expected: format!("{bytes} bytes in a mapped file"),
+                    found: format!("{}", source.len()),
+                });
+            };
+            target.copy_from_slice(source);
         }
         match column {
             Some(column) => Ok(column.share()),
@@ -100,9 +91,6 @@ impl Store {
     fn missing(&self, shard: &crate::shard::Shard) -> Error {
         let rows = (0, shard.entry().rows);
         let place = crate::shard::place(shard.entry(), shard.start(), "whole file", rows);
-        Error::Missing {
-            place: Box::new(place),
-            version: self.manifest().version,
-        }
+        Error::Missing { place: Box::new(place), version: self.manifest().version }
     }
 }

@@ -4,16 +4,16 @@
 //! manifest names; what a commit finds there beyond the last full shard becomes a *piece*, a
 //! short shard of its own, and the full shard replaces its pieces.
 
-use std::collections::BTreeMap;
 use std::fmt::Debug;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use serde_json::value::RawValue;
 
-use crate::build::{Build, FILLING, Mark, PromptTable, Sealed};
+use crate::build::{Mark, Sealed};
 use crate::disk::{Disk, Folder, Lock};
 use crate::error::{Error, Result};
+use crate::filling::{Filling, counts_list};
 use crate::layout::{Plan, SiteSpec, rows_per_shard};
 use crate::manifest::{Entry, Manifest};
 use crate::publish;
@@ -45,23 +45,6 @@ pub struct Pace {
     pub rows_total: Option<u64>,
     /// The time between commits.
     pub commit_every: Duration,
-}
-
-/// The shard being filled.
-#[derive(Debug)]
-struct Filling {
-    build: Build,
-    prompts: PromptTable,
-    /// Prompts without rows that begin where this shard ends: they open the next one, or belong
-    /// to this one if it is the last.
-    boundary: Option<PromptTable>,
-    head: u64,
-    /// Per site: NaN, infinite, overflowed.
-    counts: BTreeMap<u64, [u64; 3]>,
-    pieces: Vec<Entry>,
-    committed_rows: u64,
-    committed: Mark,
-    committed_boundary: Mark,
 }
 
 /// A writer that has its lock and its store.
@@ -103,9 +86,7 @@ impl Writer {
     ) -> Result<Self> {
         let names = publish::refuse_foreign(&*disk)?;
         if !publish::versions(&*disk)?.is_empty() {
-            return Err(Error::Exists {
-                path: disk.root().to_owned(),
-            });
+            return Err(Error::Exists { path: disk.root().to_owned() });
         }
         if names.iter().any(|name| name == publish::FORMAT_FILE)
             && disk.open(Folder::Root, publish::FORMAT_FILE)?.id()?.bytes > 0
@@ -123,11 +104,9 @@ impl Writer {
         format.write_at(0, format!("{}\n", crate::FORMAT).as_bytes())?;
         format.sync()?;
         disk.sync_folder(Folder::Root)?;
-        let created = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .map_or(0, |time| time.as_secs());
+        let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs());
         let manifest = Manifest {
-            store: random_id()?,
+            store: publish::random_id()?,
             version: 1,
             created,
             complete: false,
@@ -153,10 +132,7 @@ impl Writer {
         publish::refuse_foreign(&*disk)?;
         let versions = publish::versions(&*disk)?;
         let Some(&newest) = versions.first() else {
-            return Err(Error::NotReady {
-                path: disk.root().to_owned(),
-                owner: None,
-            });
+            return Err(Error::NotReady { path: disk.root().to_owned(), owner: None });
         };
         publish::check_format(&*disk)?;
         let manifest = publish::read_version(&*disk, newest)?;
@@ -176,9 +152,7 @@ impl Writer {
         disk.sync_folder(Folder::Shards)?;
         disk.sync_folder(Folder::Manifests)?;
         publish::remove_parts(&*disk, &*lock)?;
-        let keep: Vec<&Manifest> = std::iter::once(&manifest)
-            .chain(previous.as_ref())
-            .collect();
+        let keep: Vec<&Manifest> = std::iter::once(&manifest).chain(previous.as_ref()).collect();
         publish::clean_up(&*disk, &*lock, &keep)?;
         let mut writer = Self::over(disk, lock, manifest, previous, pace);
         writer.rebuild()?;
@@ -226,58 +200,14 @@ impl Writer {
         if pieces.is_empty() {
             return Ok(());
         }
-        let mut filling = self.open_filling(row, pieces.first().map_or(0, |piece| piece.head))?;
-        crate::rebuild::from_pieces(
-            &*self.disk,
-            &self.manifest.plan,
-            pieces,
-            (row, prompt),
-            &mut |step| match step {
-                crate::rebuild::Step::Rows { stream, bytes } => filling
-                    .build
-                    .grow(0)
-                    .get_mut(stream)
-                    .map_or(Ok(()), |to| to.append(bytes)),
-                crate::rebuild::Step::Grow(rows) => {
-                    filling.build.grow(rows);
-                    Ok(())
-                }
-                crate::rebuild::Step::Prompts { records, boundary } => {
-                    let (disk, texts) = (&*self.disk, self.manifest.plan.texts());
-                    filling.table(disk, texts, boundary)?.append(records)
-                }
-            },
-        )?;
-        for piece in pieces {
-            for &[site, nan, infinite, overflow] in &piece.counts {
-                filling.count(site, [nan, infinite, overflow]);
-            }
-        }
-        filling.pieces = pieces.to_vec();
-        filling.mark_committed();
+        let (total, plan) = (self.pace.rows_total, &self.manifest.plan);
+        let filling = Filling::rebuild(&*self.disk, plan, total, pieces, (row, prompt))?;
         self.filling = Some(filling);
         Ok(())
     }
 
     fn open_filling(&self, first_row: u64, head: u64) -> Result<Filling> {
-        let plan = &self.manifest.plan;
-        let rows = plan.rows_per_shard();
-        let (capacity, reserve) = match self.pace.rows_total {
-            Some(total) => (rows.min(total.saturating_sub(first_row)), true),
-            None => (rows, false),
-        };
-        let prompts = PromptTable::create(&*self.disk, "filling", plan.texts())?;
-        Ok(Filling {
-            build: Build::create(&*self.disk, plan, FILLING, capacity, reserve)?,
-            prompts,
-            boundary: None,
-            head: head.min(rows),
-            counts: BTreeMap::new(),
-            pieces: Vec::new(),
-            committed_rows: 0,
-            committed: Mark::default(),
-            committed_boundary: Mark::default(),
-        })
+        Filling::open(&*self.disk, &self.manifest.plan, self.pace.rows_total, (first_row, head))
     }
 
     /// Returns the newest committed version.
@@ -301,11 +231,7 @@ impl Writer {
     }
 
     fn guard(&self) -> Result<()> {
-        self.ended.as_ref().map_or(Ok(()), |reason| {
-            Err(Error::Closed {
-                reason: reason.clone(),
-            })
-        })
+        self.ended.as_ref().map_or(Ok(()), |reason| Err(Error::Closed { reason: reason.clone() }))
     }
 
     /// Runs a step after which, if it fails, nothing is known of the files: the writer ends.
@@ -355,18 +281,12 @@ impl Writer {
         let rows = window.rows();
         let mut row = 0;
         let mut prompts = window.prompts();
-        let positions: Vec<u8> = window
-            .positions
-            .iter()
-            .flat_map(|position| position.to_le_bytes())
-            .collect();
+        let positions: Vec<u8> =
+            window.positions.iter().flat_map(|position| position.to_le_bytes()).collect();
         let mut sources: Vec<&dyn Source> = window.columns.to_vec();
         sources.extend([window.tokens, &positions, window.flags]);
         loop {
-            if self
-                .filling
-                .as_ref()
-                .is_some_and(|filling| filling.build.rows() == limit)
+            if self.filling.as_ref().is_some_and(|filling| filling.build.rows() == limit)
                 && row < rows
             {
                 self.seal_filling()?;
@@ -417,23 +337,13 @@ impl Writer {
         let row_bytes: Vec<u64> = (0..plan.sites().len() + 3)
             .map(|stream| filling.build.stream_row_bytes(stream))
             .collect();
-        let dtypes = plan
-            .sites()
-            .iter()
-            .map(|site| Some(site.dtype))
-            .chain([None; 3]);
+        let dtypes = plan.sites().iter().map(|site| Some(site.dtype)).chain([None; 3]);
         let streams = filling.build.grow(take).iter_mut();
         let mut found = Vec::new();
-        for (index, (((stream, source), bytes), dtype)) in streams
-            .zip(sources.iter().copied())
-            .zip(row_bytes)
-            .zip(dtypes)
-            .enumerate()
+        for (index, (((stream, source), bytes), dtype)) in
+            streams.zip(sources.iter().copied()).zip(row_bytes).zip(dtypes).enumerate()
         {
-            let range = (
-                crate::shard::length(row * bytes),
-                crate::shard::length(take * bytes),
-            );
+            let range = (crate::shard::length(row * bytes), crate::shard::length(take * bytes));
             let dtype_or_bytes = dtype.unwrap_or(crate::dtype::Dtype::U8);
             let (nan, infinite) =
                 stream.append_from(source, range, dtype_or_bytes, &mut self.scratch)?;
@@ -453,14 +363,7 @@ impl Writer {
         let Some(filling) = self.filling.take() else {
             return Ok(());
         };
-        let Filling {
-            build,
-            prompts,
-            boundary,
-            head,
-            counts,
-            ..
-        } = filling;
+        let Filling { build, prompts, boundary, head, counts, .. } = filling;
         let sealed = build.seal(&prompts, head)?;
         let entry = self.publish(&sealed, counts_list(&counts))?;
         let first_row = self.full.iter().map(|shard| shard.rows).sum::<u64>() + entry.rows;
@@ -502,17 +405,11 @@ impl Writer {
             return Ok(());
         };
         if filling.has_uncommitted() {
-            let head = if filling.committed_rows == 0 {
-                filling.head
-            } else {
-                0
-            };
+            let head = if filling.committed_rows == 0 { filling.head } else { 0 };
             let tables = filling.tables();
             let head = head.min(filling.build.rows() - filling.committed_rows);
             let (sealed, _) =
-                filling
-                    .build
-                    .piece(&*self.disk, filling.committed_rows, &tables, head)?;
+                filling.build.piece(&*self.disk, filling.committed_rows, &tables, head)?;
             let entry = self.publish(&sealed, filling.uncommitted_counts())?;
             filling.pieces.push(entry);
             filling.mark_committed();
@@ -527,18 +424,13 @@ impl Writer {
         next.complete = complete;
         next.windows = self.windows;
         next.shards.clone_from(&self.full);
-        next.shards.extend(
-            self.filling
-                .iter()
-                .flat_map(|filling| filling.pieces.iter().cloned()),
-        );
+        next.shards.extend(self.filling.iter().flat_map(|filling| filling.pieces.iter().cloned()));
         publish::publish_version(&*self.disk, &*self.lock, &next)?;
         self.previous = Some(std::mem::replace(&mut self.manifest, next));
         self.last_commit = Instant::now();
         self.sealed_since_commit = false;
-        let keep: Vec<&Manifest> = std::iter::once(&self.manifest)
-            .chain(self.previous.as_ref())
-            .collect();
+        let keep: Vec<&Manifest> =
+            std::iter::once(&self.manifest).chain(self.previous.as_ref()).collect();
         publish::clean_up(&*self.disk, &*self.lock, &keep)
     }
 
@@ -577,9 +469,7 @@ impl Writer {
             } else {
                 let head = filling.head.min(filling.build.rows());
                 let (sealed, _) =
-                    filling
-                        .build
-                        .piece(&*self.disk, 0, &filling.all_tables(), head)?;
+                    filling.build.piece(&*self.disk, 0, &filling.all_tables(), head)?;
                 Some(self.publish(&sealed, counts_list(&filling.counts))?)
             };
             self.full.extend(entry);
@@ -606,94 +496,4 @@ impl Drop for Writer {
     fn drop(&mut self) {
         self.close();
     }
-}
-
-impl Filling {
-    fn table(&mut self, disk: &dyn Disk, texts: bool, boundary: bool) -> Result<&mut PromptTable> {
-        if !boundary {
-            return Ok(&mut self.prompts);
-        }
-        match &mut self.boundary {
-            Some(table) => Ok(table),
-            empty @ None => Ok(empty.insert(PromptTable::create(disk, "boundary", texts)?)),
-        }
-    }
-
-    fn count(&mut self, site: u64, more: [u64; 3]) {
-        let counts = self.counts.entry(site).or_default();
-        for (count, more) in counts.iter_mut().zip(more) {
-            *count += more;
-        }
-    }
-
-    fn boundary_mark(&self) -> Mark {
-        self.boundary
-            .as_ref()
-            .map_or(Mark::default(), PromptTable::mark)
-    }
-
-    fn has_uncommitted(&self) -> bool {
-        self.build.rows() > self.committed_rows
-            || self.prompts.mark() != self.committed
-            || self.boundary_mark() != self.committed_boundary
-    }
-
-    /// Returns whether one piece already is the shard that finishing would write.
-    fn is_one_piece(&self) -> bool {
-        self.pieces.len() == 1 && !self.has_uncommitted()
-    }
-
-    fn tables(&self) -> Vec<(&PromptTable, Mark)> {
-        std::iter::once((&self.prompts, self.committed))
-            .chain(
-                self.boundary
-                    .iter()
-                    .map(|table| (table, self.committed_boundary)),
-            )
-            .collect()
-    }
-
-    fn all_tables(&self) -> Vec<(&PromptTable, Mark)> {
-        self.tables()
-            .into_iter()
-            .map(|(table, _)| (table, Mark::default()))
-            .collect()
-    }
-
-    fn mark_committed(&mut self) {
-        self.committed_rows = self.build.rows();
-        self.committed = self.prompts.mark();
-        self.committed_boundary = self.boundary_mark();
-    }
-
-    fn uncommitted_counts(&self) -> Vec<[u64; 4]> {
-        let mut counts = self.counts.clone();
-        for &[site, nan, infinite, overflow] in self.pieces.iter().flat_map(|piece| &piece.counts) {
-            let left = counts.entry(site).or_default();
-            for (count, committed) in left.iter_mut().zip([nan, infinite, overflow]) {
-                *count -= committed;
-            }
-        }
-        counts_list(&counts)
-    }
-}
-
-fn counts_list(counts: &BTreeMap<u64, [u64; 3]>) -> Vec<[u64; 4]> {
-    counts
-        .iter()
-        .filter(|(_, counts)| counts.iter().any(|&count| count > 0))
-        .map(|(&site, &[nan, infinite, overflow])| [site, nan, infinite, overflow])
-        .collect()
-}
-
-fn random_id() -> Result<String> {
-    let mut bytes = [0u8; 16];
-    let mut filled = 0;
-    while let Some(rest) = bytes.get_mut(filled..)
-        && !rest.is_empty()
-    {
-        filled += rustix::rand::getrandom(rest, rustix::rand::GetRandomFlags::empty())
-            .map_err(|source| Error::io("read", "/dev/urandom", source))?;
-    }
-    Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
 }

@@ -181,14 +181,10 @@ pub struct Directory {
     root: OwnedFd,
 }
 
-const READ: OFlags = OFlags::RDONLY
-    .union(OFlags::CLOEXEC)
-    .union(OFlags::NOFOLLOW)
-    .union(OFlags::NONBLOCK);
-const FOLDER: OFlags = OFlags::RDONLY
-    .union(OFlags::CLOEXEC)
-    .union(OFlags::DIRECTORY)
-    .union(OFlags::NOFOLLOW);
+const READ: OFlags =
+    OFlags::RDONLY.union(OFlags::CLOEXEC).union(OFlags::NOFOLLOW).union(OFlags::NONBLOCK);
+const FOLDER: OFlags =
+    OFlags::RDONLY.union(OFlags::CLOEXEC).union(OFlags::DIRECTORY).union(OFlags::NOFOLLOW);
 
 impl Directory {
     /// Opens a store's directory.
@@ -216,13 +212,7 @@ impl Directory {
         let path = path.into();
         std::fs::create_dir_all(&path).map_err(|source| Error::io("make", &path, source))?;
         let opened = Self::open(path)?;
-        if let Some(parent) = opened
-            .path
-            .canonicalize()
-            .ok()
-            .as_deref()
-            .and_then(Path::parent)
-        {
+        if let Some(parent) = opened.path.canonicalize().ok().as_deref().and_then(Path::parent) {
             // The new directory's own entry; parents that cannot be opened are not ours to sync.
             if let Ok(parent) = rustix::fs::open(parent, FOLDER, Mode::empty()) {
                 let _ = rustix::fs::fsync(parent);
@@ -253,11 +243,7 @@ impl Directory {
     }
 
     fn folder(&self, folder: Folder) -> Result<OwnedFd> {
-        let name = if folder == Folder::Root {
-            "."
-        } else {
-            folder.name()
-        };
+        let name = if folder == Folder::Root { "." } else { folder.name() };
         rustix::fs::openat(&self.root, name, FOLDER, Mode::empty())
             .map_err(|source| Error::io("open", self.path_of(folder, ""), source))
     }
@@ -281,16 +267,9 @@ impl Directory {
             })?;
         let stat = rustix::fs::fstat(&file).map_err(|source| Error::io(verb, &path, source))?;
         if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
-            return Err(Error::io(
-                verb,
-                path,
-                std::io::Error::other("it is no regular file"),
-            ));
+            return Err(Error::io(verb, path, std::io::Error::other("it is no regular file")));
         }
-        Ok(OpenFile {
-            path,
-            file: File::from(file),
-        })
+        Ok(OpenFile { path, file: File::from(file) })
     }
 }
 
@@ -387,10 +366,7 @@ impl Disk for Directory {
     }
 
     fn lock(&self) -> Result<Box<dyn Lock>> {
-        Ok(Box::new(crate::lock::FileLock::take(
-            &self.path,
-            self.root.as_fd(),
-        )?))
+        Ok(Box::new(crate::lock::FileLock::take(&self.path, self.root.as_fd())?))
     }
 }
 
@@ -406,11 +382,7 @@ impl OpenFile {
         if full.contains(&source.raw_os_error()) {
             let free = rustix::fs::fstatvfs(&self.file)
                 .map_or(0, |stat| stat.f_bavail.saturating_mul(stat.f_frsize));
-            return Error::Full {
-                path: self.path.clone(),
-                needed,
-                free,
-            };
+            return Error::Full { path: self.path.clone(), needed, free };
         }
         Error::io("write", &self.path, source)
     }
@@ -428,9 +400,7 @@ impl DiskFile for OpenFile {
     }
 
     fn read_at(&self, offset: u64, out: &mut [u8]) -> Result<()> {
-        self.file
-            .read_exact_at(out, offset)
-            .map_err(|source| Error::io("read", &self.path, source))
+        self.file.read_exact_at(out, offset).map_err(|source| Error::io("read", &self.path, source))
     }
 
     fn write_at(&self, offset: u64, bytes: &[u8]) -> Result<()> {

@@ -47,15 +47,7 @@ const fn facts(
     buffer: Option<&'static CStr>,
 ) -> Facts {
     let (torch, short, safetensors) = names;
-    Facts {
-        dtype,
-        torch,
-        short,
-        safetensors,
-        size,
-        dlpack: (dlpack_code, size * 8),
-        buffer,
-    }
+    Facts { dtype, torch, short, safetensors, size, dlpack: (dlpack_code, size * 8), buffer }
 }
 
 /// `DLPack` codes: int 0, uint 1, float 2, bfloat 4, bool 6, `float8_e4m3fn` 10, `float8_e5m2` 12.
@@ -73,27 +65,12 @@ const TABLE: [Facts; 15] = [
     facts(Dtype::U32, ("uint32", "u32", "U32"), 4, 1, Some(c"I")),
     facts(Dtype::U64, ("uint64", "u64", "U64"), 8, 1, Some(c"Q")),
     facts(Dtype::Bool, ("bool", "bool", "BOOL"), 1, 6, Some(c"?")),
-    facts(
-        Dtype::F8E4M3,
-        ("float8_e4m3fn", "f8_e4m3", "F8_E4M3"),
-        1,
-        10,
-        None,
-    ),
-    facts(
-        Dtype::F8E5M2,
-        ("float8_e5m2", "f8_e5m2", "F8_E5M2"),
-        1,
-        12,
-        None,
-    ),
+    facts(Dtype::F8E4M3, ("float8_e4m3fn", "f8_e4m3", "F8_E4M3"), 1, 10, None),
+    facts(Dtype::F8E5M2, ("float8_e5m2", "f8_e5m2", "F8_E5M2"), 1, 12, None),
 ];
 
 impl Dtype {
-    #[expect(
-        clippy::indexing_slicing,
-        reason = "the table has one row per variant, in order"
-    )]
+    #[expect(clippy::indexing_slicing, reason = "the table has one row per variant, in order")]
     const fn facts(self) -> &'static Facts {
         &TABLE[self as usize]
     }
@@ -150,9 +127,7 @@ impl FromStr for Dtype {
             .iter()
             .find(|facts| [facts.torch, facts.short, facts.safetensors].contains(&bare))
             .map(|facts| facts.dtype)
-            .ok_or_else(|| Error::UnknownDtype {
-                found: text.chars().take(64).collect(),
-            })
+            .ok_or_else(|| Error::UnknownDtype { found: text.chars().take(64).collect() })
     }
 }
 

@@ -241,11 +241,7 @@ fn list(versions: &[u64]) -> String {
     if versions.is_empty() {
         return String::from("none");
     }
-    versions
-        .iter()
-        .map(u64::to_string)
-        .collect::<Vec<_>>()
-        .join(", ")
+    versions.iter().map(u64::to_string).collect::<Vec<_>>().join(", ")
 }
 
 impl Error {
@@ -255,11 +251,19 @@ impl Error {
         path: impl Into<PathBuf>,
         source: impl Into<io::Error>,
     ) -> Self {
-        Self::Io {
-            operation,
-            path: path.into(),
-            source: source.into(),
+        Self::Io { operation, path: path.into(), source: source.into() }
+    }
+
+    /// Returns the system's error number, where there is one.
+    pub fn errno(&self) -> Option<i32> {
+        if let Self::Io { source, .. } = self {
+            return source.raw_os_error();
         }
+        if let Self::Map(error) = self {
+            return error.errno().map(rustix::io::Errno::raw_os_error);
+        }
+        let full = matches!(self, Self::Full { .. });
+        full.then(|| rustix::io::Errno::NOSPC.raw_os_error())
     }
 
     /// Returns whether this is the system saying that a file does not exist.

@@ -37,16 +37,10 @@ impl Store {
         let row_bytes = length(self.plan().row_bytes(site));
         for &row in rows {
             if u64::try_from(row).map_or(true, |row| row >= self.rows()) {
-                return Err(Error::Row {
-                    row,
-                    rows: self.rows(),
-                });
+                return Err(Error::Row { row, rows: self.rows() });
             }
         }
-        let needed = rows
-            .len()
-            .checked_sub(1)
-            .map_or(0, |last| last * stride + offset + row_bytes);
+        let needed = rows.len().checked_sub(1).map_or(0, |last| last * stride + offset + row_bytes);
         if out.len() < needed {
             return Err(Error::Mismatch {
                 what: String::from("bytes of the buffer to gather into"),
@@ -58,12 +52,7 @@ impl Store {
         self.with_view(|view| {
             let mut out = out.borrow_mut();
             let (shards, located) = self.locate_rows(view, rows)?;
-            let target = Target {
-                out: &mut **out,
-                offset,
-                stride,
-                row_bytes,
-            };
+            let target = Target { out: &mut **out, offset, stride, row_bytes };
             if verify {
                 copy_checked(&shards, &located, site, target)
             } else {
@@ -91,10 +80,7 @@ impl Store {
                 shard
             };
             let start = view.starts.get(index).map_or(0, |start| start.row);
-            located.push(Located {
-                shard,
-                row: row - start,
-            });
+            located.push(Located { shard, row: row - start });
         }
         Ok((shards, located))
     }
@@ -108,11 +94,19 @@ struct Target<'a> {
 }
 
 impl Target<'_> {
-    fn put(&mut self, index: usize, row: Option<&[u8]>) {
-        let at = index * self.stride + self.offset;
-        if let Some(row) = row {
-            self.out.copy_from(at, row);
-        }
+    fn put(&mut self, index: usize, row: Option<&[u8]>) -> Result<()> {
+        let row = row.ok_or_else(unreadable)?;
+        self.out.copy_from(index * self.stride + self.offset, row);
+        Ok(())
+    }
+}
+
+/// The error for what a checked shard always has.
+fn unreadable() -> Error {
+    Error::Mismatch {
+        what: String::from("a row of a checked shard"),
+        expected: String::from("its bytes in a mapped file"),
+        found: String::from("nothing: this disk cannot be mapped"),
     }
 }
 
@@ -126,18 +120,14 @@ fn copy(
         .iter()
         .map(|opened| {
             let region = opened.shard.layout().site(site);
-            region
-                .and_then(|region| opened.shard.region_bytes(region))
-                .unwrap_or_default()
+            region.and_then(|region| opened.shard.region_bytes(region)).unwrap_or_default()
         })
         .collect();
     let row_bytes = target.row_bytes;
     for (index, place) in located.iter().enumerate() {
         let from = length(place.row) * row_bytes;
-        let bytes = regions
-            .get(place.shard)
-            .and_then(|region| region.get(from..from + row_bytes));
-        target.put(index, bytes);
+        let bytes = regions.get(place.shard).and_then(|region| region.get(from..from + row_bytes));
+        target.put(index, bytes)?;
     }
     Ok(())
 }
@@ -149,12 +139,7 @@ fn copy_checked(
     mut target: Target<'_>,
 ) -> Result<()> {
     let mut order: Vec<usize> = (0..located.len()).collect();
-    let place = |index: usize| {
-        located
-            .get(index)
-            .copied()
-            .unwrap_or(Located { shard: 0, row: 0 })
-    };
+    let place = |index: usize| located.get(index).copied().unwrap_or(Located { shard: 0, row: 0 });
     order.sort_unstable_by_key(|&index| (place(index).shard, place(index).row));
     let row_bytes = target.row_bytes as u64;
     let mut held: Option<(usize, u64)> = None;
@@ -176,7 +161,7 @@ fn copy_checked(
             held = Some((wanted.shard, block));
         }
         let from = length(wanted.row * row_bytes - begin);
-        target.put(index, scratch.get(from..from + target.row_bytes));
+        target.put(index, scratch.get(from..from + target.row_bytes))?;
     }
     Ok(())
 }

@@ -6,6 +6,8 @@
 use crate::checksum::{BLOCK_BYTES, block_rows};
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
+use crate::side::Side;
+use crate::tier::Tier;
 
 /// The most rows a shard has.
 pub const MAX_ROWS: u64 = 1 << 20;
@@ -17,8 +19,6 @@ pub const ROW_TABLE_BYTES: u64 = 9;
 pub const PAGE: u64 = 4096;
 /// The largest mapping tier: the page size that the kernel can use for the page cache.
 pub const HUGE_PAGE: u64 = 2 << 20;
-/// Regions of a full shard start at multiples of at most this.
-const MAX_REGION_ALIGNMENT: u64 = 64 << 10;
 /// Side tensors start at multiples of this.
 const SIDE_ALIGNMENT: u64 = 8;
 
@@ -40,78 +40,22 @@ impl SiteSpec {
     ///
     /// [`Error::Site`] if a dimension is zero or the product overflows.
     pub fn row_bytes(&self) -> Result<u64> {
-        let site = |found: String| Error::Site {
-            path: self.path.clone(),
-            found,
-        };
+        let site = |found: String| Error::Site { path: self.path.clone(), found };
         if self.shape.contains(&0) {
-            return Err(site(format!(
-                "its feature shape {:?} has a zero",
-                self.shape
-            )));
+            return Err(site(format!("its feature shape {:?} has a zero", self.shape)));
         }
         self.shape
             .iter()
-            .try_fold(self.dtype.size(), |bytes, &dimension| {
-                bytes.checked_mul(dimension)
-            })
+            .try_fold(self.dtype.size(), |bytes, &dimension| bytes.checked_mul(dimension))
             .filter(|&bytes| bytes <= MAX_ROW_BYTES)
             .ok_or_else(|| {
-                site(format!(
-                    "a row of shape {:?} is over {MAX_ROW_BYTES} bytes",
-                    self.shape
-                ))
+                site(format!("a row of shape {:?} is over {MAX_ROW_BYTES} bytes", self.shape))
             })
     }
 }
 
 /// A row is at most this: with [`MAX_ROWS`] rows a region then stays below 2^60 bytes.
 const MAX_ROW_BYTES: u64 = 1 << 40;
-
-/// How a site's column can be mapped: what its region in a full shard is a multiple of.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Tier {
-    /// A multiple of 2 MiB: huge pages.
-    Huge,
-    /// A multiple of 64 KiB.
-    Large,
-    /// A multiple of 4 KiB.
-    Page,
-    /// None of these: a column over several shards is copied.
-    Copy,
-}
-
-impl Tier {
-    fn of(region_bytes: u64) -> Self {
-        if region_bytes.is_multiple_of(HUGE_PAGE) {
-            Self::Huge
-        } else if region_bytes.is_multiple_of(MAX_REGION_ALIGNMENT) {
-            Self::Large
-        } else if region_bytes.is_multiple_of(PAGE) {
-            Self::Page
-        } else {
-            Self::Copy
-        }
-    }
-
-    /// Returns what regions of full shards start at multiples of.
-    const fn alignment(self) -> u64 {
-        match self {
-            Self::Huge | Self::Large => MAX_REGION_ALIGNMENT,
-            Self::Page | Self::Copy => PAGE,
-        }
-    }
-
-    /// Returns the name that `info` prints.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Huge => "2 MiB",
-            Self::Large => "64 KiB",
-            Self::Page => "4 KiB",
-            Self::Copy => "copy",
-        }
-    }
-}
 
 /// What all shards of a group have in common.
 #[derive(Clone, Debug)]
@@ -145,83 +89,6 @@ pub enum Tensor {
     Site(usize),
     /// A side tensor.
     Side(Side),
-}
-
-/// The side tensors, in file order.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-#[expect(
-    missing_docs,
-    reason = "named in `Side::name`, explained in docs/format.md"
-)]
-pub enum Side {
-    RowToken,
-    RowPosition,
-    RowFlags,
-    PromptRows,
-    PromptLength,
-    PromptIds,
-    PromptTextLength,
-    PromptText,
-    Crc32c,
-    Xxh3,
-}
-
-impl Side {
-    /// Every side tensor of a shard with or without texts, in file order.
-    pub fn all(texts: bool) -> impl Iterator<Item = Self> {
-        [
-            Self::RowToken,
-            Self::RowPosition,
-            Self::RowFlags,
-            Self::PromptRows,
-            Self::PromptLength,
-            Self::PromptIds,
-            Self::PromptTextLength,
-            Self::PromptText,
-            Self::Crc32c,
-            Self::Xxh3,
-        ]
-        .into_iter()
-        .filter(move |side| texts || !matches!(side, Self::PromptTextLength | Self::PromptText))
-    }
-
-    /// Returns the tensor's name.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::RowToken => "#row.token",
-            Self::RowPosition => "#row.position",
-            Self::RowFlags => "#row.flags",
-            Self::PromptRows => "#prompt.rows",
-            Self::PromptLength => "#prompt.length",
-            Self::PromptIds => "#prompt.ids",
-            Self::PromptTextLength => "#prompt.text_length",
-            Self::PromptText => "#prompt.text",
-            Self::Crc32c => "#crc32c",
-            Self::Xxh3 => "#xxh3",
-        }
-    }
-
-    /// Returns the element type.
-    pub const fn dtype(self) -> Dtype {
-        match self {
-            Self::RowToken | Self::RowPosition | Self::PromptIds | Self::Crc32c => Dtype::U32,
-            Self::RowFlags | Self::PromptText => Dtype::U8,
-            Self::PromptRows | Self::PromptLength | Self::PromptTextLength | Self::Xxh3 => {
-                Dtype::U64
-            }
-        }
-    }
-
-    /// Returns the elements of a tensor before the checksum tables.
-    const fn elements(self, size: &Size) -> u64 {
-        match self {
-            Self::RowToken | Self::RowPosition | Self::RowFlags => size.rows,
-            Self::PromptRows | Self::PromptLength | Self::PromptTextLength => size.prompts,
-            Self::PromptIds => size.ids,
-            Self::PromptText => size.text_bytes,
-            Self::Crc32c | Self::Xxh3 => 0,
-        }
-    }
 }
 
 /// Where one tensor lies in its file.
@@ -285,10 +152,7 @@ impl Layout {
 
     /// Returns how many regions have checksums (the pad before `#crc32c` is the last of them).
     fn checked_len(&self) -> usize {
-        self.sides
-            .iter()
-            .find(|(side, _)| *side == Side::Crc32c)
-            .map_or(0, |&(_, index)| index)
+        self.sides.iter().find(|(side, _)| *side == Side::Crc32c).map_or(0, |&(_, index)| index)
     }
 }
 
@@ -309,9 +173,7 @@ fn too_large(what: &str) -> Error {
 pub fn rows_per_shard(sites: &[SiteSpec], shard_bytes: u64) -> Result<u64> {
     let mut bytes = ROW_TABLE_BYTES;
     for site in sites {
-        bytes = bytes
-            .checked_add(site.row_bytes()?)
-            .ok_or_else(|| too_large("one row"))?;
+        bytes = bytes.checked_add(site.row_bytes()?).ok_or_else(|| too_large("one row"))?;
     }
     let rows = (shard_bytes / bytes).clamp(1, MAX_ROWS);
     Ok(1 << rows.ilog2())
@@ -333,10 +195,7 @@ impl Plan {
                 found: rows_per_shard.to_string(),
             });
         }
-        let row_bytes = sites
-            .iter()
-            .map(SiteSpec::row_bytes)
-            .collect::<Result<Vec<_>>>()?;
+        let row_bytes = sites.iter().map(SiteSpec::row_bytes).collect::<Result<Vec<_>>>()?;
         let mut names: Vec<&str> = sites.iter().map(|site| site.path.as_str()).collect();
         names.sort_unstable();
         for pair in names.windows(2) {
@@ -357,18 +216,9 @@ impl Plan {
                 });
             }
         }
-        let mut plan = Self {
-            sites,
-            row_bytes,
-            rows_per_shard,
-            texts,
-            header_bytes: 0,
-        };
+        let mut plan = Self { sites, row_bytes, rows_per_shard, texts, header_bytes: 0 };
         plan.header_bytes = crate::header::reserved_bytes(&plan)?;
-        plan.layout(&Size {
-            rows: rows_per_shard,
-            ..Size::default()
-        })?;
+        plan.layout(&Size { rows: rows_per_shard, ..Size::default() })?;
         Ok(plan)
     }
 
@@ -424,19 +274,12 @@ impl Plan {
         };
         let mut sites = Vec::with_capacity(self.sites.len());
         for (site, &row_bytes) in self.row_bytes.iter().enumerate() {
-            let alignment = if full {
-                self.tier(site).alignment()
-            } else {
-                PAGE
-            };
-            let bytes = size
-                .rows
-                .checked_mul(row_bytes)
-                .ok_or_else(|| too_large("a shard"))?;
+            let alignment = if full { self.tier(site).alignment() } else { PAGE };
+            let bytes = size.rows.checked_mul(row_bytes).ok_or_else(|| too_large("a shard"))?;
             let block_bytes = block_rows(row_bytes) * row_bytes;
             sites.push(builder.add(Tensor::Site(site), alignment, bytes, block_bytes)?);
         }
-        let mut sides = Vec::with_capacity(10);
+        let mut side_tensors = Vec::with_capacity(10);
         for side in Side::all(self.texts) {
             let bytes = match side {
                 Side::Crc32c => {
@@ -452,11 +295,18 @@ impl Plan {
                         .count() as u64;
                     checked.checked_mul(16)
                 }
-                other => other.elements(size).checked_mul(other.dtype().size()),
+                Side::RowToken
+                | Side::RowPosition
+                | Side::RowFlags
+                | Side::PromptRows
+                | Side::PromptLength
+                | Side::PromptIds
+                | Side::PromptTextLength
+                | Side::PromptText => side.elements(size).checked_mul(side.dtype().size()),
             };
             let bytes = bytes.ok_or_else(|| too_large("a shard"))?;
             let at = builder.add(Tensor::Side(side), SIDE_ALIGNMENT, bytes, BLOCK_BYTES)?;
-            sides.push((side, at));
+            side_tensors.push((side, at));
         }
         let file_bytes = builder.offset;
         if file_bytes >= 1 << 63 {
@@ -467,7 +317,7 @@ impl Plan {
             size: *size,
             regions,
             sites,
-            sides,
+            sides: side_tensors,
             header_bytes: self.header_bytes,
             file_bytes,
         })
@@ -499,13 +349,8 @@ impl Builder {
     }
 
     fn push(&mut self, tensor: Tensor, bytes: u64, block_bytes: u64) -> Result<()> {
-        let region = Region {
-            tensor,
-            offset: self.offset,
-            bytes,
-            first_crc: self.crc,
-            block_bytes,
-        };
+        let region =
+            Region { tensor, offset: self.offset, bytes, first_crc: self.crc, block_bytes };
         self.crc += region.blocks();
         self.offset = self
             .offset
@@ -523,16 +368,8 @@ mod tests {
 
     fn sites() -> Vec<SiteSpec> {
         vec![
-            SiteSpec {
-                path: "model.a.output".into(),
-                dtype: Dtype::Bf16,
-                shape: vec![576],
-            },
-            SiteSpec {
-                path: "model.b.output".into(),
-                dtype: Dtype::I8,
-                shape: vec![],
-            },
+            SiteSpec { path: "model.a.output".into(), dtype: Dtype::Bf16, shape: vec![576] },
+            SiteSpec { path: "model.b.output".into(), dtype: Dtype::I8, shape: vec![] },
         ]
     }
 
@@ -540,18 +377,8 @@ mod tests {
     fn regions_follow_each_other_without_holes_and_are_aligned() {
         let plan = Plan::new(sites(), 4096, true).unwrap();
         for size in [
-            Size {
-                rows: 4096,
-                prompts: 3,
-                ids: 5001,
-                text_bytes: 77,
-            },
-            Size {
-                rows: 17,
-                prompts: 2,
-                ids: 40,
-                text_bytes: 1,
-            },
+            Size { rows: 4096, prompts: 3, ids: 5001, text_bytes: 77 },
+            Size { rows: 17, prompts: 2, ids: 40, text_bytes: 1 },
             Size::default(),
         ] {
             let layout = plan.layout(&size).unwrap();
@@ -577,22 +404,9 @@ mod tests {
     #[test]
     fn full_shards_have_the_same_site_offsets_whatever_their_prompts() {
         let plan = Plan::new(sites(), 1024, false).unwrap();
-        let one = plan
-            .layout(&Size {
-                rows: 1024,
-                prompts: 1,
-                ids: 9,
-                text_bytes: 0,
-            })
-            .unwrap();
-        let two = plan
-            .layout(&Size {
-                rows: 1024,
-                prompts: 800,
-                ids: 4000,
-                text_bytes: 0,
-            })
-            .unwrap();
+        let one = plan.layout(&Size { rows: 1024, prompts: 1, ids: 9, text_bytes: 0 }).unwrap();
+        let two =
+            plan.layout(&Size { rows: 1024, prompts: 800, ids: 4000, text_bytes: 0 }).unwrap();
         for site in 0..2 {
             assert_eq!(one.site(site), two.site(site));
         }
@@ -601,11 +415,7 @@ mod tests {
     #[test]
     fn tiers_follow_from_the_region_of_a_full_shard() {
         let tier = |bytes: u64, rows: u64| {
-            let site = SiteSpec {
-                path: "x".into(),
-                dtype: Dtype::U8,
-                shape: vec![bytes],
-            };
+            let site = SiteSpec { path: "x".into(), dtype: Dtype::U8, shape: vec![bytes] };
             Plan::new(vec![site], rows, false).unwrap().tier(0)
         };
         assert_eq!(tier(1536, 4096), Tier::Huge);
@@ -627,36 +437,19 @@ mod tests {
         assert_eq!(rows_per_shard(&[], SHARD_BYTES).unwrap(), MAX_ROWS);
         assert_eq!(rows_per_shard(&thirty, 1).unwrap(), 1);
         // The row tables count: 7 + 9 bytes a row, 16 rows in 256 bytes.
-        let seven = [SiteSpec {
-            path: "x".into(),
-            dtype: Dtype::U8,
-            shape: vec![7],
-        }];
+        let seven = [SiteSpec { path: "x".into(), dtype: Dtype::U8, shape: vec![7] }];
         assert_eq!(rows_per_shard(&seven, 256).unwrap(), 16);
         assert_eq!(rows_per_shard(&seven, 255).unwrap(), 8);
     }
 
     #[test]
     fn sizes_that_overflow_are_errors() {
-        let huge = SiteSpec {
-            path: "x".into(),
-            dtype: Dtype::F64,
-            shape: vec![u64::MAX, 2],
-        };
+        let huge = SiteSpec { path: "x".into(), dtype: Dtype::F64, shape: vec![u64::MAX, 2] };
         assert!(Plan::new(vec![huge], 1024, false).is_err());
-        let zero = SiteSpec {
-            path: "x".into(),
-            dtype: Dtype::F64,
-            shape: vec![4, 0],
-        };
+        let zero = SiteSpec { path: "x".into(), dtype: Dtype::F64, shape: vec![4, 0] };
         assert!(Plan::new(vec![zero], 1024, false).is_err());
         let plan = Plan::new(sites(), 1024, false).unwrap();
-        let size = Size {
-            rows: 5,
-            prompts: u64::MAX,
-            ids: u64::MAX,
-            text_bytes: 0,
-        };
+        let size = Size { rows: 5, prompts: u64::MAX, ids: u64::MAX, text_bytes: 0 };
         assert!(plan.layout(&size).is_err());
     }
 }

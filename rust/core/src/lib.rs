@@ -1,4 +1,4 @@
-//! The core of lamina, an activation store for PyTorch language models.
+//! The core of lamina, an activation store for `PyTorch` language models.
 //!
 //! It owns everything that must be exact or fast: the grammar of paths, the order of sites, the
 //! bytes on disk, commit and recovery, mapping, gathering and checksums. It knows nothing of
@@ -13,12 +13,14 @@ pub mod manifest;
 pub mod map;
 pub mod path;
 pub mod shard;
+pub mod side;
 pub mod source;
 pub mod stats;
 
 mod build;
 mod column;
 mod commit;
+mod filling;
 mod gather;
 mod header;
 mod lock;
@@ -27,6 +29,7 @@ mod publish;
 mod rebuild;
 mod store;
 mod stream;
+mod tier;
 mod verify;
 mod window;
 
@@ -35,6 +38,7 @@ pub use error::{Error, Place, Result};
 pub use lock::Lock;
 pub use prompts::PromptRows;
 pub use store::{Probe, Store, probe};
+pub use tier::Tier;
 pub use verify::Damage;
 pub use window::Window;
 

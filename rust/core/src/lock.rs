@@ -68,9 +68,7 @@ impl FileLock {
         }
         let stat = rustix::fs::fstat(&file).map_err(failed)?;
         let key = (stat.st_dev, stat.st_ino);
-        let root = root
-            .try_clone_to_owned()
-            .map_err(|source| Error::io("lock", &name, source))?;
+        let root = root.try_clone_to_owned().map_err(|source| Error::io("lock", &name, source))?;
         let lock = Self {
             path: path.to_owned(),
             root,
@@ -93,13 +91,8 @@ impl FileLock {
         let failed = |source: std::io::Error| Error::io("write", self.path.join(OWNER), source);
         let file = rustix::fs::openat(&self.root, OWNER, flags, Mode::from_raw_mode(0o644))
             .map_err(|source| failed(source.into()))?;
-        let host = rustix::system::uname()
-            .nodename()
-            .to_string_lossy()
-            .into_owned();
-        let since = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .map_or(0, |time| time.as_secs());
+        let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
+        let since = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs());
         writeln!(
             std::fs::File::from(file),
             "process {} on host {host} since {}",
@@ -114,10 +107,7 @@ impl Lock for FileLock {
     fn retake(&self) -> Result<()> {
         if std::process::id() != self.process {
             return Err(Error::Closed {
-                reason: format!(
-                    "it belongs to process {}, which forked this one",
-                    self.process
-                ),
+                reason: format!("it belongs to process {}, which forked this one", self.process),
             });
         }
         let name = self.path.join(LOCK);
@@ -136,11 +126,7 @@ impl Lock for FileLock {
         if (stat.st_dev, stat.st_ino) == self.key {
             Ok(())
         } else {
-            Err(Error::io(
-                "lock",
-                name,
-                std::io::Error::other("it was replaced by another file"),
-            ))
+            Err(Error::io("lock", name, std::io::Error::other("it was replaced by another file")))
         }
     }
 }
@@ -160,10 +146,7 @@ impl Drop for FileLock {
 
 fn in_use(path: &Path, root: BorrowedFd<'_>) -> Error {
     let owner = owner(root).unwrap_or_else(|| String::from("another writer"));
-    Error::InUse {
-        path: path.to_owned(),
-        owner,
-    }
+    Error::InUse { path: path.to_owned(), owner }
 }
 
 /// Returns what `OWNER` says, if it is there.
@@ -172,10 +155,7 @@ pub(crate) fn owner(root: BorrowedFd<'_>) -> Option<String> {
     let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NONBLOCK;
     let file = rustix::fs::openat(root, OWNER, flags, Mode::empty()).ok()?;
     let mut text = String::new();
-    std::fs::File::from(file)
-        .take(512)
-        .read_to_string(&mut text)
-        .ok()?;
+    std::fs::File::from(file).take(512).read_to_string(&mut text).ok()?;
     let line = text.lines().next()?.trim();
     (!line.is_empty()).then(|| line.to_owned())
 }
@@ -192,11 +172,7 @@ fn utc(seconds: u64) -> String {
     let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
     let month_from_march = (5 * day_of_year + 2) / 153;
     let day = day_of_year - (153 * month_from_march + 2) / 5 + 1;
-    let month = if month_from_march < 10 {
-        month_from_march + 3
-    } else {
-        month_from_march - 9
-    };
+    let month = if month_from_march < 10 { month_from_march + 3 } else { month_from_march - 9 };
     let year = year_of_era + era * 400 + u64::from(month <= 2);
     format!(
         "{year:04}-{month:02}-{day:02} {:02}:{:02}:{:02} UTC",

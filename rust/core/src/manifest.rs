@@ -43,12 +43,7 @@ fn is_zero(number: &u64) -> bool {
 impl Entry {
     /// Returns what decides the shard's layout.
     pub fn size(&self) -> Size {
-        Size {
-            rows: self.rows,
-            prompts: self.prompts,
-            ids: self.ids,
-            text_bytes: self.text_bytes,
-        }
+        Size { rows: self.rows, prompts: self.prompts, ids: self.ids, text_bytes: self.text_bytes }
     }
 
     /// Returns the shard's file name.
@@ -68,10 +63,7 @@ pub fn is_shard_file_name(file: &str) -> bool {
 }
 
 fn is_hex_name(name: &str) -> bool {
-    name.len() == 32
-        && name
-            .bytes()
-            .all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
+    name.len() == 32 && name.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
 }
 
 /// Returns the file name of version `version`.
@@ -85,6 +77,9 @@ pub fn version_of(file: &str) -> Option<u64> {
     let numeric = digits.len() == 20 && digits.bytes().all(|byte| byte.is_ascii_digit());
     if numeric { digits.parse().ok() } else { None }
 }
+
+/// Identity and about are handed on as text; whoever parses them must not run out of stack.
+const MAX_DEPTH: usize = 64;
 
 #[derive(Serialize, Deserialize)]
 struct Body {
@@ -133,18 +128,15 @@ pub struct Manifest {
 impl Manifest {
     /// Returns rows and prompts in all.
     pub fn totals(&self) -> (u64, u64) {
-        self.shards.iter().fold((0, 0), |(rows, prompts), shard| {
-            (rows + shard.rows, prompts + shard.prompts)
-        })
+        self.shards
+            .iter()
+            .fold((0, 0), |(rows, prompts), shard| (rows + shard.rows, prompts + shard.prompts))
     }
 
     /// Returns how many shards at the front are full.
     pub fn full_shards(&self) -> usize {
         let rows = self.plan.rows_per_shard();
-        self.shards
-            .iter()
-            .take_while(|shard| shard.rows == rows)
-            .count()
+        self.shards.iter().take_while(|shard| shard.rows == rows).count()
     }
 
     /// Returns the file's bytes.
@@ -158,11 +150,7 @@ impl Manifest {
             .sites()
             .iter()
             .map(|site| {
-                (
-                    site.path.clone(),
-                    site.dtype.safetensors().to_owned(),
-                    site.shape.clone(),
-                )
+                (site.path.clone(), site.dtype.safetensors().to_owned(), site.shape.clone())
             })
             .collect();
         let body = Body {
@@ -205,6 +193,11 @@ impl Manifest {
         if body.version != version {
             return Err(format!("it says that it is version {}", body.version));
         }
+        for text in [body.identity.get(), body.about.get()] {
+            if depth(text) > MAX_DEPTH {
+                return Err(format!("it nests deeper than {MAX_DEPTH} levels"));
+            }
+        }
         let [group]: [GroupBody; 1] = body
             .groups
             .try_into()
@@ -232,6 +225,26 @@ impl Manifest {
             shards: group.shards,
         })
     }
+}
+
+/// Returns how deep valid JSON nests.
+fn depth(json: &str) -> usize {
+    let (mut depth, mut deepest) = (0usize, 0);
+    let (mut quoted, mut escaped) = (false, false);
+    for byte in json.bytes() {
+        match byte {
+            _ if escaped => escaped = false,
+            b'\\' if quoted => escaped = true,
+            b'"' => quoted = !quoted,
+            b'{' | b'[' if !quoted => {
+                depth += 1;
+                deepest = deepest.max(depth);
+            }
+            b'}' | b']' if !quoted => depth = depth.saturating_sub(1),
+            _ => {}
+        }
+    }
+    deepest
 }
 
 fn split(bytes: &[u8]) -> Option<(&[u8], &[u8])> {
@@ -264,21 +277,12 @@ fn check_shards(plan: &Plan, shards: &[Entry]) -> Result<(), String> {
             return Err(format!("its short shards have more than {limit} rows"));
         }
         let total = |sum: u64, more: u64| {
-            sum.checked_add(more)
-                .filter(|&sum| sum < 1 << 63)
-                .ok_or("its sums overflow")
+            sum.checked_add(more).filter(|&sum| sum < 1 << 63).ok_or("its sums overflow")
         };
         rows = total(rows, shard.rows)?;
         prompts = total(prompts, shard.prompts)?;
-        if shard
-            .counts
-            .iter()
-            .any(|&[site, ..]| site >= plan.sites().len() as u64)
-        {
-            return Err(format!(
-                "shard {} counts a site that is not there",
-                shard.name
-            ));
+        if shard.counts.iter().any(|&[site, ..]| site >= plan.sites().len() as u64) {
+            return Err(format!("shard {} counts a site that is not there", shard.name));
         }
     }
     Ok(())
@@ -289,11 +293,7 @@ mod tests {
     use super::*;
 
     fn manifest() -> Manifest {
-        let site = SiteSpec {
-            path: "model.a.output".into(),
-            dtype: Dtype::F32,
-            shape: vec![4],
-        };
+        let site = SiteSpec { path: "model.a.output".into(), dtype: Dtype::F32, shape: vec![4] };
         Manifest {
             store: "ab".repeat(16),
             version: 3,
@@ -349,6 +349,12 @@ mod tests {
         assert!(resealed(|body| body.replacen('{', r#"{"later":[1],"#, 1)).is_ok());
         let error = resealed(|body| body.replacen('{', r#"{"windows":1,"#, 1)).unwrap_err();
         assert!(error.contains("duplicate field `windows`"), "{error}");
+    }
+
+    #[test]
+    fn depth_counts_brackets_outside_strings() {
+        assert_eq!(depth(r#"{"a":[1,{"b":"]]}}\"[["}]}"#), 3);
+        assert_eq!(depth("1"), 0);
     }
 
     #[test]

@@ -13,15 +13,9 @@
 //! becomes shorter (`docs/format.md`). A file that someone else truncates is a `SIGBUS`.
 //!
 //! Linux only, like `disk`: another system is a port of these two files.
-#![expect(
-    unsafe_code,
-    reason = "memory mappings; one operation a block, each with its invariant"
-)]
+#![expect(unsafe_code, reason = "memory mappings; one operation a block, each with its invariant")]
 
-#[cfg(not(all(
-    target_os = "linux",
-    any(target_arch = "x86_64", target_arch = "aarch64")
-)))]
+#[cfg(not(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64"))))]
 compile_error!(
     "lamina runs on Linux (x86-64 and aarch64); another system needs its own `map.rs` and `disk.rs`"
 );
@@ -117,10 +111,7 @@ impl OwnedMap {
             block.advise_huge_pages();
             block
         };
-        Ok(Self {
-            block,
-            is_column: false,
-        })
+        Ok(Self { block, is_column: false })
     }
 
     /// Reserves addresses for a column of `length_bytes`, to [`place`](Self::place) files in.
@@ -141,10 +132,7 @@ impl OwnedMap {
             let congruent = usize::try_from(congruent % HUGE_PAGE_BYTES as u64).unwrap_or(0);
             Block::reserve(length, Some(congruent), ProtFlags::READ | ProtFlags::WRITE)?
         };
-        Ok(Self {
-            block,
-            is_column: true,
-        })
+        Ok(Self { block, is_column: true })
     }
 
     /// Maps `length_bytes` of `file` from `offset`, privately, at `at` in this range.
@@ -171,18 +159,9 @@ impl OwnedMap {
         }
         if !self.is_column {
             let end = at.saturating_add(length_bytes);
-            return Err(MapError::BeyondRange {
-                end,
-                length_bytes: 0,
-            });
+            return Err(MapError::BeyondRange { end, length_bytes: 0 });
         }
-        self.block.place(
-            at,
-            file,
-            offset,
-            length_bytes,
-            ProtFlags::READ | ProtFlags::WRITE,
-        )
+        self.block.place(at, file, offset, length_bytes, ProtFlags::READ | ProtFlags::WRITE)
     }
 
     /// Returns the bytes, to read back what was filled in.
@@ -201,10 +180,7 @@ impl OwnedMap {
 
     /// Ends the filling: from here on other libraries may hold the memory and write to it.
     pub fn share(self) -> SharedMap {
-        SharedMap {
-            block: self.block,
-            is_column: self.is_column,
-        }
+        SharedMap { block: self.block, is_column: self.is_column }
     }
 }
 
@@ -245,10 +221,7 @@ impl SharedMap {
     pub fn copy_to(&self, offset: usize, out: &mut [u8]) -> Result<()> {
         let end = offset.saturating_add(out.len());
         if end > self.block.length {
-            return Err(MapError::BeyondRange {
-                end,
-                length_bytes: self.block.length,
-            });
+            return Err(MapError::BeyondRange { end, length_bytes: self.block.length });
         }
         let from = self.block.base.as_ptr().wrapping_add(offset);
         // SAFETY: `offset..end` lies in the `length` readable bytes at `base` (checked above), which
@@ -303,19 +276,13 @@ impl Block {
         // SAFETY: the layout has a size other than 0, seen to by the callers.
         let base = unsafe { alloc_zeroed(layout) };
         let base = NonNull::new(base).ok_or_else(no_memory)?;
-        Ok(Self {
-            base,
-            length,
-            release: Release::Free(layout),
-        })
+        Ok(Self { base, length, release: Release::Free(layout) })
     }
 
     /// Fresh private pages for `length` bytes (not 0), with `congruent` at a base congruent to it
     /// modulo [`HUGE_PAGE_BYTES`]; `congruent` is a multiple of the page size.
     fn reserve(length: usize, congruent: Option<usize>, protection: ProtFlags) -> Result<Self> {
-        let too_long = MapError::TooLong {
-            length_bytes: length as u64,
-        };
+        let too_long = MapError::TooLong { length_bytes: length as u64 };
         let pages = round_up(length).ok_or(too_long)?;
         let slack = congruent.map_or(0, |_| HUGE_PAGE_BYTES);
         let whole = pages.checked_add(slack).ok_or(too_long)?;
@@ -342,11 +309,7 @@ impl Block {
         trim(start, head).map_err(fail)?;
         trim(base.wrapping_add(pages), slack - head).map_err(fail)?;
         let base = NonNull::new(base).ok_or_else(|| fail(Errno::FAULT))?;
-        Ok(Self {
-            base,
-            length,
-            release: Release::Unmap(pages),
-        })
+        Ok(Self { base, length, release: Release::Unmap(pages) })
     }
 
     /// Replaces the pages at `at` by those of `file`; `at` and `offset` are multiples of the page
@@ -364,10 +327,7 @@ impl Block {
             Release::Nothing | Release::Free(_) => 0,
         };
         let part_end = at.saturating_add(length);
-        let beyond = MapError::BeyondRange {
-            end: part_end,
-            length_bytes: self.length,
-        };
+        let beyond = MapError::BeyondRange { end: part_end, length_bytes: self.length };
         let pages = round_up(length).ok_or(beyond)?;
         let pages_end = at.checked_add(pages).ok_or(beyond)?;
         if part_end > self.length || pages_end > mapped {
@@ -401,11 +361,7 @@ impl Block {
     /// have unmapped them, and someone else may have got them since, so they are let go for ever.
     fn cut(&mut self, at: usize, pages_end: usize, mapped: usize) {
         self.length = self.length.min(at);
-        self.release = if at == 0 {
-            Release::Nothing
-        } else {
-            Release::Unmap(at)
-        };
+        self.release = if at == 0 { Release::Nothing } else { Release::Unmap(at) };
         if pages_end < mapped {
             let rest = self.base.as_ptr().wrapping_add(pages_end).cast::<c_void>();
             // SAFETY: `pages_end..mapped` was this block's own and untouched by the refused call;
@@ -480,12 +436,7 @@ mod tests {
         map.block.cut(2 * page, 4 * page, 8 * page);
         assert_eq!(map.bytes(), vec![7; 2 * page]);
         // What the refused call may have left is the kernel's: give it back here, for the test.
-        let left = map
-            .block
-            .base
-            .as_ptr()
-            .wrapping_add(2 * page)
-            .cast::<c_void>();
+        let left = map.block.base.as_ptr().wrapping_add(2 * page).cast::<c_void>();
         // SAFETY: `cut` let these two pages go, and this test knows that nobody else has them.
         unsafe { munmap(left, 2 * page) }.unwrap();
         map.block.cut(0, 2 * page, 2 * page);

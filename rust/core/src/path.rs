@@ -194,18 +194,10 @@ impl Path {
         let surplus = |at: usize| {
             let rest = self.elements.get(at..).unwrap_or_default();
             let rest = rest.iter().map(ToString::to_string).collect::<String>();
-            Err(PathError::Surplus {
-                path: self.boxed(),
-                elements,
-                rest: rest.into(),
-            })
+            Err(PathError::Surplus { path: self.boxed(), elements, rest: rest.into() })
         };
         if written < elements {
-            return Err(PathError::MissingElement {
-                path: self.boxed(),
-                elements,
-                written,
-            });
+            return Err(PathError::MissingElement { path: self.boxed(), elements, written });
         }
         let mut site = self.clone();
         let position = site.position.take();
@@ -239,10 +231,7 @@ impl Path {
 
     /// Returns the same path at another module.
     fn with_steps(&self, steps: Vec<Step>) -> Self {
-        Self {
-            steps: steps.into(),
-            ..self.clone()
-        }
+        Self { steps: steps.into(), ..self.clone() }
     }
 
     fn boxed(&self) -> Box<str> {
@@ -308,11 +297,7 @@ impl Slice {
     ) -> Result<Self, PathError> {
         let start = start.filter(|start| *start != 0);
         let step = step.unwrap_or(1);
-        if step < 1 {
-            Err(PathError::SliceStep { step })
-        } else {
-            Ok(Self { start, stop, step })
-        }
+        if step < 1 { Err(PathError::SliceStep { step }) } else { Ok(Self { start, stop, step }) }
     }
 
     /// Returns where the range starts; none is the beginning.

@@ -1,8 +1,8 @@
 //! Rows and prompts: which rows a prompt has, which row a token is, which prompt a row is of.
 
 use crate::error::{Error, Result};
-use crate::layout::Side;
 use crate::shard::length;
+use crate::side::Side;
 use crate::store::{Store, View};
 
 /// A prompt's rows and tokens.
@@ -21,10 +21,7 @@ impl Store {
         u64::try_from(prompt)
             .ok()
             .filter(|&prompt| prompt < self.prompts())
-            .ok_or(Error::Prompt {
-                prompt,
-                prompts: self.prompts(),
-            })
+            .ok_or(Error::Prompt { prompt, prompts: self.prompts() })
     }
 
     /// Returns rows and tokens of the prompts `from..to`.
@@ -35,10 +32,7 @@ impl Store {
     pub fn prompt_rows(&self, from: u64, to: u64) -> Result<Vec<PromptRows>> {
         if to > self.prompts() || from > to {
             let prompt = i64::try_from(to).unwrap_or(i64::MAX);
-            return Err(Error::Prompt {
-                prompt,
-                prompts: self.prompts(),
-            });
+            return Err(Error::Prompt { prompt, prompts: self.prompts() });
         }
         self.with_view(|view| {
             let mut found = Vec::with_capacity(length(to - from));
@@ -49,19 +43,10 @@ impl Store {
                 let start = opened.shard.start();
                 let table = opened.prompts()?;
                 let first = length(at - start.prompt);
-                let here = table
-                    .starts
-                    .iter()
-                    .zip(&table.rows)
-                    .zip(&table.lengths)
-                    .skip(first);
+                let here = table.starts.iter().zip(&table.rows).zip(&table.lengths).skip(first);
                 let before = found.len();
                 for ((&row, &rows), &length) in here.take(length(to - at)) {
-                    found.push(PromptRows {
-                        start: start.row + row,
-                        rows,
-                        length,
-                    });
+                    found.push(PromptRows { start: start.row + row, rows, length });
                 }
                 if found.len() == before {
                     break;
@@ -85,9 +70,7 @@ impl Store {
             let index = length(prompt - opened.shard.start().prompt);
             let start = table.ids.get(index).copied().unwrap_or(0);
             let tokens = table.lengths.get(index).copied().unwrap_or(0);
-            opened
-                .shard
-                .side_span(Side::PromptIds, (start * 4, (start + tokens) * 4))
+            opened.shard.side_span(Side::PromptIds, (start * 4, (start + tokens) * 4))
         })
     }
 
@@ -107,9 +90,7 @@ impl Store {
             let index = length(prompt - opened.shard.start().prompt);
             let start: u64 = lengths.iter().take(index).sum();
             let bytes = lengths.get(index).copied().unwrap_or(0);
-            let text = opened
-                .shard
-                .side_span(Side::PromptText, (start, start + bytes))?;
+            let text = opened.shard.side_span(Side::PromptText, (start, start + bytes))?;
             Ok(Some(String::from_utf8_lossy(&text).into_owned()))
         })
     }
@@ -145,11 +126,8 @@ impl Store {
         let (mut low, mut high) = (0, rows.min(u64::from(wanted) + 1));
         while low < high {
             // Where every token is stored, the last candidate is the one.
-            let middle = if high == u64::from(wanted) + 1 {
-                high - 1
-            } else {
-                low + (high - low) / 2
-            };
+            let middle =
+                if high == u64::from(wanted) + 1 { high - 1 } else { low + (high - low) / 2 };
             let here = self.position(view, first + middle)?;
             if here == wanted {
                 return Ok(i64::try_from(first + middle).unwrap_or(-1));
@@ -167,9 +145,7 @@ impl Store {
         let opened = view.open(self.disk(), view.shard_of_row(row))?;
         let bytes = opened.row_table(Side::RowPosition)?;
         let at = length(row - opened.shard.start().row) * 4;
-        let value = bytes
-            .get(at..at + 4)
-            .and_then(|bytes| bytes.try_into().ok());
+        let value = bytes.get(at..at + 4).and_then(|bytes| bytes.try_into().ok());
         Ok(value.map_or(0, u32::from_le_bytes))
     }
 
@@ -182,14 +158,9 @@ impl Store {
         self.with_view(|view| {
             rows.iter()
                 .map(|&row| {
-                    let wanted = u64::try_from(row)
-                        .ok()
-                        .filter(|&wanted| wanted < self.rows());
+                    let wanted = u64::try_from(row).ok().filter(|&wanted| wanted < self.rows());
                     let Some(wanted) = wanted else {
-                        return Err(Error::Row {
-                            row,
-                            rows: self.rows(),
-                        });
+                        return Err(Error::Row { row, rows: self.rows() });
                     };
                     let opened = view.open(self.disk(), view.shard_of_row(wanted))?;
                     let start = opened.shard.start();
@@ -211,10 +182,7 @@ impl Store {
     pub fn row_tables(&self, from: u64, to: u64) -> Result<[Vec<u8>; 3]> {
         if to > self.rows() || from > to {
             let row = i64::try_from(to).unwrap_or(i64::MAX);
-            return Err(Error::Row {
-                row,
-                rows: self.rows(),
-            });
+            return Err(Error::Row { row, rows: self.rows() });
         }
         self.with_view(|view| {
             let mut tables: [Vec<u8>; 3] = Default::default();
@@ -224,11 +192,7 @@ impl Store {
                 let opened = view.open(self.disk(), index)?;
                 let start = opened.shard.start().row;
                 let end = to.min(start + opened.shard.entry().rows);
-                let sides = [
-                    (Side::RowToken, 4),
-                    (Side::RowPosition, 4),
-                    (Side::RowFlags, 1),
-                ];
+                let sides = [(Side::RowToken, 4), (Side::RowPosition, 4), (Side::RowFlags, 1)];
                 for (table, (side, width)) in tables.iter_mut().zip(sides) {
                     let bytes = opened.row_table(side)?;
                     let range = length(at - start) * width..length(end - start) * width;

@@ -16,6 +16,11 @@ pub(crate) const FORMAT_FILE: &str = "FORMAT";
 /// A manifest on its way.
 const NEXT: &str = "next.part";
 
+/// Returns whether a name is that of a temporary file.
+fn is_part(name: &str) -> bool {
+    name.strip_suffix(".part").is_some()
+}
+
 /// Returns the committed versions, highest first.
 pub(crate) fn versions(disk: &dyn Disk) -> Result<Vec<u64>> {
     let mut versions: Vec<u64> = disk
@@ -34,20 +39,14 @@ pub(crate) fn read_version(disk: &dyn Disk, version: u64) -> Result<Manifest> {
     let path = disk.root().join(Folder::Manifests.name()).join(&name);
     let bytes = file.id()?.bytes;
     let decoded = if bytes > manifest::MAX_BYTES {
-        Err(format!(
-            "it has {bytes} bytes, more than {}",
-            manifest::MAX_BYTES
-        ))
+        Err(format!("it has {bytes} bytes, more than {}", manifest::MAX_BYTES))
     } else {
         let mut text = vec![0; crate::shard::length(bytes)];
         file.read_at(0, &mut text)?;
         Manifest::decode(&text, version)
     };
     decoded.map_err(|found| {
-        let older = versions(disk)
-            .unwrap_or_default()
-            .into_iter()
-            .find(|&other| other < version);
+        let older = versions(disk).unwrap_or_default().into_iter().find(|&other| other < version);
         Error::Manifest { path, found, older }
     })
 }
@@ -67,10 +66,7 @@ pub(crate) fn check_format(disk: &dyn Disk) -> Result<()> {
     if major == Some(1) {
         Ok(())
     } else {
-        Err(Error::Newer {
-            path: disk.root().to_owned(),
-            found,
-        })
+        Err(Error::Newer { path: disk.root().to_owned(), found })
     }
 }
 
@@ -83,18 +79,15 @@ pub(crate) fn refuse_foreign(disk: &dyn Disk) -> Result<Vec<String>> {
         return Ok(names);
     }
     let ours = [FORMAT_FILE, LOCK, OWNER, "manifests", "shards", "spool"];
-    let mut foreign: Vec<String> = names
-        .iter()
-        .filter(|name| !ours.contains(&name.as_str()))
-        .cloned()
-        .collect();
+    let mut foreign: Vec<String> =
+        names.iter().filter(|name| !ours.contains(&name.as_str())).cloned().collect();
     for name in disk.list(Folder::Manifests)? {
         if manifest::version_of(&name).is_none() && name != NEXT {
             foreign.push(format!("manifests/{name}"));
         }
     }
     for name in disk.list(Folder::Shards)? {
-        if !manifest::is_shard_file_name(&name) && !name.ends_with(".part") {
+        if !manifest::is_shard_file_name(&name) && !is_part(&name) {
             foreign.push(format!("shards/{name}"));
         }
     }
@@ -106,10 +99,7 @@ pub(crate) fn refuse_foreign(disk: &dyn Disk) -> Result<Vec<String>> {
     if more > 0 {
         foreign.push(format!("and {more} more"));
     }
-    Err(Error::Foreign {
-        path: disk.root().to_owned(),
-        found: foreign,
-    })
+    Err(Error::Foreign { path: disk.root().to_owned(), found: foreign })
 }
 
 /// Takes the lock again and checks that nobody else has published.
@@ -119,11 +109,7 @@ pub(crate) fn check_turn(disk: &dyn Disk, lock: &dyn Lock, expected: u64) -> Res
     if found == expected {
         Ok(())
     } else {
-        Err(Error::Overtaken {
-            path: disk.root().to_owned(),
-            expected,
-            found,
-        })
+        Err(Error::Overtaken { path: disk.root().to_owned(), expected, found })
     }
 }
 
@@ -173,10 +159,7 @@ pub(crate) fn publish_version(disk: &dyn Disk, lock: &dyn Lock, manifest: &Manif
     let version = manifest.version;
     check_turn(disk, lock, version - 1)?;
     disk.sync_folder(Folder::Shards)?;
-    let bytes = manifest.encode().map_err(|source| Error::Json {
-        what: "the manifest",
-        source,
-    })?;
+    let bytes = manifest.encode().map_err(|source| Error::Json { what: "the manifest", source })?;
     let file = disk.create(Folder::Manifests, NEXT)?;
     file.write_at(0, &bytes)?;
     file.sync()?;
@@ -185,11 +168,7 @@ pub(crate) fn publish_version(disk: &dyn Disk, lock: &dyn Lock, manifest: &Manif
     let found = versions(disk)?.first().copied().unwrap_or(0);
     if !linked || found != version {
         let path = disk.root().to_owned();
-        return Err(Error::Overtaken {
-            path,
-            expected: version - 1,
-            found,
-        });
+        return Err(Error::Overtaken { path, expected: version - 1, found });
     }
     disk.sync_folder(Folder::Manifests)
 }
@@ -207,11 +186,8 @@ pub(crate) fn clean_up(disk: &dyn Disk, lock: &dyn Lock, keep: &[&Manifest]) -> 
             remove(Folder::Manifests, &manifest::file_name(version))?;
         }
     }
-    let named: BTreeSet<String> = keep
-        .iter()
-        .flat_map(|manifest| &manifest.shards)
-        .map(Entry::file_name)
-        .collect();
+    let named: BTreeSet<String> =
+        keep.iter().flat_map(|manifest| &manifest.shards).map(Entry::file_name).collect();
     for name in disk.list(Folder::Shards)? {
         if manifest::is_shard_file_name(&name) && !named.contains(&name) {
             remove(Folder::Shards, &name)?;
@@ -224,11 +200,24 @@ pub(crate) fn clean_up(disk: &dyn Disk, lock: &dyn Lock, keep: &[&Manifest]) -> 
 pub(crate) fn remove_parts(disk: &dyn Disk, lock: &dyn Lock) -> Result<()> {
     for folder in [Folder::Shards, Folder::Manifests] {
         for name in disk.list(folder)? {
-            if name.ends_with(".part") {
+            if is_part(&name) {
                 lock.retake()?;
                 disk.remove(folder, &name)?;
             }
         }
     }
     Ok(())
+}
+
+/// Returns 128 random bits in hex.
+pub(crate) fn random_id() -> Result<String> {
+    let mut bytes = [0u8; 16];
+    let mut filled = 0;
+    while let Some(rest) = bytes.get_mut(filled..)
+        && !rest.is_empty()
+    {
+        filled += rustix::rand::getrandom(rest, rustix::rand::GetRandomFlags::empty())
+            .map_err(|source| Error::io("read", "/dev/urandom", source))?;
+    }
+    Ok(format!("{:032x}", u128::from_le_bytes(bytes)))
 }

@@ -6,9 +6,10 @@ use std::sync::Arc;
 use crate::build::PromptRecord;
 use crate::disk::Disk;
 use crate::error::Result;
-use crate::layout::{Plan, Side};
+use crate::layout::Plan;
 use crate::manifest::Entry;
 use crate::shard::{Shard, Start};
+use crate::side::Side;
 
 /// Prompts are handed on in chunks of at most this many, and of about this many bytes.
 const CHUNK_PROMPTS: usize = 4096;
@@ -61,9 +62,7 @@ fn read_rows(
 ) -> Result<()> {
     let sites = (0..plan.sites().len()).filter_map(|site| shard.layout().site(site));
     let tables = [Side::RowToken, Side::RowPosition, Side::RowFlags];
-    let tables = tables
-        .into_iter()
-        .filter_map(|side| shard.layout().side(side));
+    let tables = tables.into_iter().filter_map(|side| shard.layout().side(side));
     for (stream, region) in sites.chain(tables).enumerate() {
         shard.read_checked(region, (0, region.bytes), &mut |bytes| {
             take(Step::Rows { stream, bytes })
@@ -104,10 +103,7 @@ fn read_prompts(
         for index in next..upto {
             let length = lengths.get(index).copied().unwrap_or(0);
             let ids = split(&mut id_rest, 4 * length);
-            let text = split(
-                &mut text_rest,
-                text_lengths.get(index).copied().unwrap_or(0),
-            );
+            let text = split(&mut text_rest, text_lengths.get(index).copied().unwrap_or(0));
             records.push(PromptRecord {
                 rows: rows.get(index).copied().unwrap_or(0),
                 length,
@@ -115,10 +111,7 @@ fn read_prompts(
                 text: std::str::from_utf8(text).ok(),
             });
         }
-        take(Step::Prompts {
-            records: &records,
-            boundary,
-        })?;
+        take(Step::Prompts { records: &records, boundary })?;
         (next, start) = (upto, chunk_start);
         ids_at += ids;
         text_at += text;

@@ -9,9 +9,10 @@ use crate::checksum;
 use crate::disk::{Disk, DiskFile, FileId, Folder};
 use crate::error::{Error, Place, Result};
 use crate::header;
-use crate::layout::{Layout, Plan, Region, Side, Tensor};
+use crate::layout::{Layout, Plan, Region, Tensor};
 use crate::manifest::Entry;
 use crate::map::ReadMap;
+use crate::side::Side;
 
 /// Where a shard's rows and prompts begin in the store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -70,20 +71,14 @@ impl Shard {
         let place = |site: &str| Box::new(place(entry, start, site, (0, entry.rows)));
         let file = match disk.open(Folder::Shards, &entry.file_name()) {
             Err(error) if error.is_not_found() => {
-                return Err(Error::Missing {
-                    place: place("whole file"),
-                    version: 0,
-                });
+                return Err(Error::Missing { place: place("whole file"), version: 0 });
             }
             other => other?,
         };
         let id = file.id()?;
         if id.bytes != layout.file_bytes {
             let found = format!("it has {} bytes, not {}", id.bytes, layout.file_bytes);
-            return Err(Error::Damaged {
-                place: place("whole file"),
-                found,
-            });
+            return Err(Error::Damaged { place: place("whole file"), found });
         }
         let header = read(&*file, 0, layout.header_bytes)?;
         let tables_at = layout.side(Side::Crc32c).map_or(0, |region| region.offset);
@@ -91,10 +86,7 @@ impl Shard {
         let name = checksum::name([header.as_slice(), tables.as_slice()]);
         if name != entry.name {
             let found = format!("header and checksum tables have the name {name}");
-            return Err(Error::Damaged {
-                place: place("header"),
-                found,
-            });
+            return Err(Error::Damaged { place: place("header"), found });
         }
         let table = |side: Side| -> Vec<u8> {
             let span = layout.side(side).and_then(|region| {
@@ -154,8 +146,7 @@ impl Shard {
             Bytes::File(_) => None,
             Bytes::Map(map) => {
                 let from = length(region.offset);
-                map.bytes()
-                    .get(from..from.checked_add(length(region.bytes))?)
+                map.bytes().get(from..from.checked_add(length(region.bytes))?)
             }
         }
     }
@@ -176,10 +167,7 @@ impl Shard {
     pub fn xxh3(&self, index: usize) -> Option<[u64; 2]> {
         let bytes = self.xxh3s.get(index * 16..index * 16 + 16)?;
         let (low, high) = bytes.split_at(8);
-        Some([
-            u64::from_le_bytes(low.try_into().ok()?),
-            u64::from_le_bytes(high.try_into().ok()?),
-        ])
+        Some([u64::from_le_bytes(low.try_into().ok()?), u64::from_le_bytes(high.try_into().ok()?)])
     }
 
     /// Returns whether the header is the one that the manifest's arithmetic gives.
@@ -236,8 +224,7 @@ impl Shard {
     ///
     /// [`Error::Damaged`] with the rows of the block, [`Error::Io`].
     pub fn read_block(&self, region: &Region, block: u64, out: &mut [u8]) -> Result<()> {
-        self.bytes
-            .read_at(region.offset + block * region.block_bytes, out)?;
+        self.bytes.read_at(region.offset + block * region.block_bytes, out)?;
         let (found, recorded) = (checksum::crc32c(0, out), self.crc(region, block));
         if Some(found) == recorded {
             return Ok(());
@@ -246,10 +233,7 @@ impl Shard {
             "block {block} has the checksum {found:08x}, recorded is {:08x}",
             recorded.unwrap_or(0)
         );
-        Err(Error::Damaged {
-            place: Box::new(self.block_place(region, block)),
-            found,
-        })
+        Err(Error::Damaged { place: Box::new(self.block_place(region, block)), found })
     }
 
     /// Returns the checked bytes `from..to` of a side tensor; none where the store lacks it.
@@ -277,10 +261,7 @@ impl Shard {
     pub fn side_u64(&self, side: Side) -> Result<Vec<u64>> {
         let bytes = self.side_span(side, (0, u64::MAX))?;
         let (chunks, _) = bytes.as_chunks::<8>();
-        Ok(chunks
-            .iter()
-            .map(|&chunk| u64::from_le_bytes(chunk))
-            .collect())
+        Ok(chunks.iter().map(|&chunk| u64::from_le_bytes(chunk)).collect())
     }
 
     /// Returns the place of one block.
@@ -296,9 +277,7 @@ impl Shard {
             }
         };
         let first = block * region.block_bytes / row_bytes;
-        let last = ((block + 1) * region.block_bytes)
-            .div_ceil(row_bytes)
-            .min(self.entry.rows);
+        let last = ((block + 1) * region.block_bytes).div_ceil(row_bytes).min(self.entry.rows);
         place(&self.entry, self.start, &name, (first, last))
     }
 
@@ -307,11 +286,9 @@ impl Shard {
         match region.tensor {
             Tensor::Pad(index) => format!("#pad.{index}"),
             Tensor::Side(side) => side.name().to_owned(),
-            Tensor::Site(index) => self
-                .plan
-                .sites()
-                .get(index)
-                .map_or_else(String::new, |site| site.path.clone()),
+            Tensor::Site(index) => {
+                self.plan.sites().get(index).map_or_else(String::new, |site| site.path.clone())
+            }
         }
     }
 }
@@ -323,10 +300,7 @@ pub fn place(entry: &Entry, start: Start, site: &str, rows: (u64, u64)) -> Place
         shard: entry.file_name(),
         site: site.to_owned(),
         rows: (start.row + rows.0, start.row + rows.1),
-        prompts: (
-            start.prompt.saturating_sub(before),
-            start.prompt + entry.prompts,
-        ),
+        prompts: (start.prompt.saturating_sub(before), start.prompt + entry.prompts),
     }
 }
 

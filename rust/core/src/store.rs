@@ -10,10 +10,11 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use crate::disk::{Directory, Disk};
 use crate::error::{Error, Result};
-use crate::layout::{Plan, Side};
+use crate::layout::Plan;
 use crate::manifest::Manifest;
 use crate::publish;
 use crate::shard::{Shard, Start};
+use crate::side::Side;
 
 /// How often a missing shard may lead to a newer version before it is an error.
 const MAX_RELOADS: u32 = 16;
@@ -79,34 +80,21 @@ impl Opened {
         let (Some(starts), Some(ids)) = (sums(entry.head, &rows), sums(0, &lengths)) else {
             let place = crate::shard::place(entry, self.shard.start(), "#prompt.rows", (0, 0));
             let found = String::from("its sums overflow");
-            return Err(Error::Damaged {
-                place: Box::new(place),
-                found,
-            });
+            return Err(Error::Damaged { place: Box::new(place), found });
         };
-        Ok(self.prompts.get_or_init(|| PromptIndex {
-            rows,
-            lengths,
-            starts,
-            ids,
-        }))
+        Ok(self.prompts.get_or_init(|| PromptIndex { rows, lengths, starts, ids }))
     }
 
     /// Returns the bytes of a row table, checked at the first call.
     pub(crate) fn row_table(&self, side: Side) -> Result<&[u8]> {
-        let index = match side {
-            Side::RowToken => 0,
-            Side::RowPosition => 1,
-            _ => 2,
-        };
+        let index = side.row_table().unwrap_or_default();
         let Some(region) = self.shard.layout().side(side) else {
             return Ok(&[]);
         };
         if let Some(checked) = self.checked.get(index)
             && checked.get().is_none()
         {
-            self.shard
-                .read_checked(region, (0, region.bytes), &mut |_| Ok(()))?;
+            self.shard.read_checked(region, (0, region.bytes), &mut |_| Ok(()))?;
             checked.get_or_init(|| ());
         }
         Ok(self.shard.region_bytes(region).unwrap_or_default())
@@ -127,12 +115,7 @@ impl View {
             })
             .collect();
         let full = manifest.full_shards();
-        Self {
-            manifest: Arc::new(manifest),
-            starts,
-            full,
-            shards: Mutex::default(),
-        }
+        Self { manifest: Arc::new(manifest), starts, full, shards: Mutex::default() }
     }
 
     /// Returns the shard that holds `row`, which the caller knows to exist.
@@ -141,16 +124,12 @@ impl View {
         if by_size < self.full {
             return by_size;
         }
-        self.starts
-            .partition_point(|start| start.row <= row)
-            .saturating_sub(1)
+        self.starts.partition_point(|start| start.row <= row).saturating_sub(1)
     }
 
     /// Returns the shard whose table has `prompt`, which the caller knows to exist.
     pub(crate) fn shard_of_prompt(&self, prompt: u64) -> usize {
-        self.starts
-            .partition_point(|start| start.prompt <= prompt)
-            .saturating_sub(1)
+        self.starts.partition_point(|start| start.prompt <= prompt).saturating_sub(1)
     }
 
     /// Returns shard `index`, checked at its first use.
@@ -165,11 +144,7 @@ impl View {
             return Err(Error::NotFound { path });
         };
         let shard = Shard::open(disk, &self.manifest.plan, entry, start)?.mapped()?;
-        let opened = Opened {
-            shard,
-            prompts: OnceLock::new(),
-            checked: Default::default(),
-        };
+        let opened = Opened { shard, prompts: OnceLock::new(), checked: Default::default() };
         let opened = Arc::new(opened);
         shards.insert(index, Arc::clone(&opened));
         Ok(opened)
@@ -198,10 +173,7 @@ impl Store {
                 return Err(if names.is_empty() {
                     Error::NotFound { path: path() }
                 } else {
-                    Error::NotReady {
-                        path: path(),
-                        owner,
-                    }
+                    Error::NotReady { path: path(), owner }
                 });
             }
             Err(error) => return Err(error),
@@ -210,20 +182,13 @@ impl Store {
             None => match newest(&*disk)? {
                 Some(manifest) => manifest,
                 None => {
-                    return Err(Error::NotReady {
-                        path: path(),
-                        owner,
-                    });
+                    return Err(Error::NotReady { path: path(), owner });
                 }
             },
             Some(version) => match publish::read_version(&*disk, version) {
                 Err(error) if error.is_not_found() => {
                     let present = publish::versions(&*disk)?;
-                    return Err(Error::NoVersion {
-                        path: path(),
-                        version,
-                        present,
-                    });
+                    return Err(Error::NoVersion { path: path(), version, present });
                 }
                 other => other?,
             },
@@ -235,13 +200,7 @@ impl Store {
         let (rows, prompts) = manifest.totals();
         let view = Arc::new(View::new(manifest));
         let manifest = Arc::clone(&view.manifest);
-        Self {
-            disk,
-            manifest,
-            rows,
-            prompts,
-            view: Mutex::new(view),
-        }
+        Self { disk, manifest, rows, prompts, view: Mutex::new(view) }
     }
 
     /// Returns the manifest of this version.
@@ -320,10 +279,7 @@ impl Store {
                     && found.version > source
             });
             let Some(found) = found else {
-                return Err(Error::Missing {
-                    place,
-                    version: source,
-                });
+                return Err(Error::Missing { place, version: source });
             };
             let mut current = self.view.lock().unwrap_or_else(PoisonError::into_inner);
             if current.manifest.version < found.version {

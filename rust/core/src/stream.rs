@@ -23,11 +23,7 @@ pub(crate) struct Stream {
 
 impl Stream {
     pub(crate) fn new(file: &Arc<dyn DiskFile>, offset: u64, block_bytes: u64) -> Self {
-        Self {
-            file: Arc::clone(file),
-            offset,
-            running: Running::new(block_bytes),
-        }
+        Self { file: Arc::clone(file), offset, running: Running::new(block_bytes) }
     }
 
     pub(crate) fn running(&self) -> &Running {
@@ -44,8 +40,7 @@ impl Stream {
     }
 
     pub(crate) fn append(&mut self, bytes: &[u8]) -> Result<()> {
-        self.file
-            .write_at(self.offset + self.running.len(), bytes)?;
+        self.file.write_at(self.offset + self.running.len(), bytes)?;
         self.running.update(bytes);
         Ok(())
     }
@@ -75,8 +70,7 @@ impl Stream {
 
     /// Starts writing back everything appended since `from`.
     pub(crate) fn start_writeback(&self, from: u64) {
-        self.file
-            .start_writeback(self.offset + from, self.running.len() - from);
+        self.file.start_writeback(self.offset + from, self.running.len() - from);
     }
 
     /// Hands the bytes `from..to` to `take` in order, checked against the checksums that were
@@ -103,11 +97,7 @@ impl Stream {
                 });
             }
             let upto = to.min(end);
-            take(
-                scratch
-                    .get(length(at - begin)..length(upto - begin))
-                    .unwrap_or_default(),
-            )?;
+            take(scratch.get(length(at - begin)..length(upto - begin)).unwrap_or_default())?;
             at = upto;
         }
         Ok(())

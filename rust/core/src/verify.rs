@@ -9,9 +9,10 @@ use std::time::Duration;
 use crate::checksum::{crc32c, halves};
 use crate::disk::Disk;
 use crate::error::{Error, Place, Result};
-use crate::layout::{Plan, Region, Side, Tensor};
+use crate::layout::{Plan, Region, Tensor};
 use crate::manifest::Entry;
 use crate::shard::{Shard, length};
+use crate::side::Side;
 use crate::store::{Store, View};
 
 /// Bytes read at a time.
@@ -67,14 +68,7 @@ impl Store {
             self.with_view(|view| {
                 let mut progress = progress.borrow_mut();
                 let rows = self.rows();
-                verify(
-                    self.disk(),
-                    view,
-                    rows,
-                    threads,
-                    missing_is_damage,
-                    &mut **progress,
-                )
+                verify(self.disk(), view, rows, threads, missing_is_damage, &mut **progress)
             })
         };
         // A missing file may only mean a newer version; missing from the newest, it is damage.
@@ -97,24 +91,14 @@ fn verify(
     let mut tasks = Vec::new();
     let mut total = 0;
     for (shard, entry) in view.manifest.shards.iter().enumerate() {
-        if view
-            .starts
-            .get(shard)
-            .is_some_and(|start| start.row >= rows && entry.rows > 0)
-        {
+        if view.starts.get(shard).is_some_and(|start| start.row >= rows && entry.rows > 0) {
             continue;
         }
         let layout = plan.layout(&entry.size())?;
-        tasks.push(Task {
-            shard,
-            region: None,
-        });
+        tasks.push(Task { shard, region: None });
         for (region, found) in layout.checked().enumerate() {
             total += found.bytes;
-            tasks.push(Task {
-                shard,
-                region: Some(region),
-            });
+            tasks.push(Task { shard, region: Some(region) });
         }
     }
     let work = Work {
@@ -134,11 +118,7 @@ fn verify(
         let workers: Vec<_> = (0..threads).map(|_| scope.spawn(|| work.run())).collect();
         let mut go_on = true;
         // Short for small stores, so that the last sleep does not dominate.
-        let pause = if total > SMALL_BYTES {
-            PROGRESS_EVERY
-        } else {
-            PROGRESS_EVERY / 500
-        };
+        let pause = if total > SMALL_BYTES { PROGRESS_EVERY } else { PROGRESS_EVERY / 500 };
         while workers.iter().any(|worker| !worker.is_finished()) {
             std::thread::sleep(pause);
             if go_on && !progress(work.done_bytes.load(Ordering::Relaxed), total) {
@@ -148,23 +128,14 @@ fn verify(
         }
         !go_on
     });
-    if let Some(failure) = work
-        .failure
-        .into_inner()
-        .unwrap_or_else(PoisonError::into_inner)
-    {
+    if let Some(failure) = work.failure.into_inner().unwrap_or_else(PoisonError::into_inner) {
         return Err(failure);
     }
     if stopped {
-        return Err(Error::Closed {
-            reason: String::from("verifying was stopped"),
-        });
+        return Err(Error::Closed { reason: String::from("verifying was stopped") });
     }
     progress(total, total);
-    let mut damages = work
-        .damages
-        .into_inner()
-        .unwrap_or_else(PoisonError::into_inner);
+    let mut damages = work.damages.into_inner().unwrap_or_else(PoisonError::into_inner);
     damages.sort_by(|first, second| {
         (first.place.rows, &first.place.site).cmp(&(second.place.rows, &second.place.site))
     });
@@ -219,11 +190,7 @@ impl Work<'_> {
         let entry = self.view.manifest.shards.get(index);
         let start = self.view.starts.get(index).copied().unwrap_or_default();
         entry.map_or_else(
-            || {
-                Err(Error::Closed {
-                    reason: String::from("a shard that is not there"),
-                })
-            },
+            || Err(Error::Closed { reason: String::from("a shard that is not there") }),
             |entry| Shard::open(self.disk, plan, entry, start),
         )
     }
@@ -237,16 +204,10 @@ impl Work<'_> {
     fn check_tables(&self, shard: &Shard) -> Result<()> {
         let whole = |site: &str, found: String| {
             let rows = (0, shard.entry().rows);
-            self.report(
-                crate::shard::place(shard.entry(), shard.start(), site, rows),
-                found,
-            );
+            self.report(crate::shard::place(shard.entry(), shard.start(), site, rows), found);
         };
         if !shard.header_is_canonical()? {
-            whole(
-                "header",
-                String::from("it is not the header that the manifest's numbers give"),
-            );
+            whole("header", String::from("it is not the header that the manifest's numbers give"));
         }
         let prompts = shard.side_u64(Side::PromptRows);
         let lengths = shard.side_u64(Side::PromptLength);
@@ -254,29 +215,15 @@ impl Work<'_> {
         let (Ok(rows), Ok(lengths)) = (prompts, lengths) else {
             return Ok(());
         };
-        let Entry {
-            head,
-            rows: own,
-            ids,
-            ..
-        } = *shard.entry();
-        let sum = |values: &[u64]| {
-            values
-                .iter()
-                .try_fold(0u64, |sum, &value| sum.checked_add(value))
-        };
+        let Entry { head, rows: own, ids, .. } = *shard.entry();
+        let sum =
+            |values: &[u64]| values.iter().try_fold(0u64, |sum, &value| sum.checked_add(value));
         if sum(&lengths) != Some(ids) {
-            whole(
-                "#prompt.length",
-                format!("its sum is not the {ids} ids of the shard"),
-            );
+            whole("#prompt.length", format!("its sum is not the {ids} ids of the shard"));
         }
         let starts_within = sum(&rows).and_then(|sum| sum.checked_add(head));
         if starts_within.is_none_or(|covered| covered < own) {
-            whole(
-                "#prompt.rows",
-                format!("its prompts do not cover the {own} rows of the shard"),
-            );
+            whole("#prompt.rows", format!("its prompts do not cover the {own} rows of the shard"));
         }
         Ok(())
     }
@@ -327,12 +274,8 @@ impl Work<'_> {
             Tensor::Pad(_) => (0, 0),
             Tensor::Site(_) | Tensor::Side(_) => (0, shard.entry().rows),
         };
-        let place = crate::shard::place(
-            shard.entry(),
-            shard.start(),
-            &shard.region_name(region),
-            rows,
-        );
+        let place =
+            crate::shard::place(shard.entry(), shard.start(), &shard.region_name(region), rows);
         self.report(
             place,
             String::from("its XXH3-128 differs although every block's CRC32C agrees"),

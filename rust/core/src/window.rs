@@ -47,11 +47,7 @@ fn expect(what: impl Into<String>, expected: u64, found: u64) -> Result<()> {
         return Ok(());
     }
     let (expected, found) = (expected.to_string(), found.to_string());
-    Err(Error::Mismatch {
-        what: what.into(),
-        expected,
-        found,
-    })
+    Err(Error::Mismatch { what: what.into(), expected, found })
 }
 
 impl<'a> Window<'a> {
@@ -67,41 +63,22 @@ impl<'a> Window<'a> {
     /// [`Error::Mismatch`] that says what was expected and found.
     pub fn check(&self, plan: &Plan) -> Result<()> {
         let (rows, prompts) = (self.rows(), self.prompt_rows.len() as u64);
-        expect(
-            "the number of columns",
-            plan.sites().len() as u64,
-            self.columns.len() as u64,
-        )?;
+        expect("the number of columns", plan.sites().len() as u64, self.columns.len() as u64)?;
         for (index, (site, column)) in plan.sites().iter().zip(self.columns).enumerate() {
-            let bytes = rows.checked_mul(plan.row_bytes(index)).unwrap_or(u64::MAX);
-            expect(
-                format!("bytes of column `{}`", site.path),
-                bytes,
-                column.len() as u64,
-            )?;
+            let bytes = rows.saturating_mul(plan.row_bytes(index));
+            expect(format!("bytes of column `{}`", site.path), bytes, column.len() as u64)?;
         }
         expect("bytes of the tokens", rows * 4, self.tokens.len() as u64)?;
         expect("bytes of the flags", rows, self.flags.len() as u64)?;
         expect("prompt lengths", prompts, self.prompt_lengths.len() as u64)?;
         let total = |values: &[u64]| {
-            values
-                .iter()
-                .try_fold(0u64, |sum, &value| sum.checked_add(value))
-                .unwrap_or(u64::MAX)
+            values.iter().try_fold(0u64, |sum, &value| sum.checked_add(value)).unwrap_or(u64::MAX)
         };
         expect("rows of all prompts", rows, total(self.prompt_rows))?;
         let ids = total(self.prompt_lengths).saturating_mul(4);
-        expect(
-            "bytes of the prompts' ids",
-            ids,
-            self.prompt_ids.len() as u64,
-        )?;
+        expect("bytes of the prompts' ids", ids, self.prompt_ids.len() as u64)?;
         if plan.texts() {
-            expect(
-                "texts",
-                prompts,
-                self.texts.map_or(0, |texts| texts.len() as u64),
-            )?;
+            expect("texts", prompts, self.texts.map_or(0, |texts| texts.len() as u64))?;
         }
         for &(site, row, _) in self.overflow {
             if site >= plan.sites().len() as u64 || row >= rows {
@@ -125,12 +102,7 @@ impl<'a> Window<'a> {
 
     /// Returns the prompts, to be taken in order.
     pub(crate) fn prompts(&self) -> Prompts<'a> {
-        Prompts {
-            window: *self,
-            next: 0,
-            start: 0,
-            ids_at: 0,
-        }
+        Prompts { window: *self, next: 0, start: 0, ids_at: 0 }
     }
 }
 
@@ -158,29 +130,15 @@ impl<'a> Prompts<'a> {
         let mut records = Vec::new();
         let mut bytes = 0;
         while records.len() < CHUNK_PROMPTS && bytes < CHUNK_BYTES && self.start < end {
-            let (Some(&rows), Some(&length)) = (
-                self.window.prompt_rows.get(self.next),
-                self.window.prompt_lengths.get(self.next),
-            ) else {
+            let (Some(&rows), Some(&length)) =
+                (self.window.prompt_rows.get(self.next), self.window.prompt_lengths.get(self.next))
+            else {
                 break;
             };
             let ids_end = self.ids_at + crate::shard::length(length) * 4;
-            let ids = self
-                .window
-                .prompt_ids
-                .get(self.ids_at..ids_end)
-                .unwrap_or_default();
-            let text = self
-                .window
-                .texts
-                .and_then(|texts| texts.get(self.next))
-                .map(String::as_str);
-            records.push(PromptRecord {
-                rows,
-                length,
-                ids,
-                text,
-            });
+            let ids = self.window.prompt_ids.get(self.ids_at..ids_end).unwrap_or_default();
+            let text = self.window.texts.and_then(|texts| texts.get(self.next)).map(String::as_str);
+            records.push(PromptRecord { rows, length, ids, text });
             bytes += ids.len() + text.map_or(0, str::len);
             self.ids_at = ids_end;
             self.start += rows;

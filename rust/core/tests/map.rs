@@ -1,8 +1,5 @@
 //! Mappings: what they show, what a write to them reaches, and when they go.
-#![expect(
-    clippy::unwrap_used,
-    reason = "a test fails by panicking, its helpers too"
-)]
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking, its helpers too")]
 
 use std::fs;
 use std::io::{Seek, SeekFrom, Write};
@@ -23,9 +20,7 @@ fn file_of(bytes: &[u8]) -> fs::File {
 
 /// Bytes that differ from page to page and inside a page.
 fn pattern(length: usize) -> Vec<u8> {
-    (0..length)
-        .map(|at| u8::try_from((at ^ (at >> 8) ^ (at >> 16)) & 0xff).unwrap())
-        .collect()
+    (0..length).map(|at| u8::try_from((at ^ (at >> 8) ^ (at >> 16)) & 0xff).unwrap()).collect()
 }
 
 fn is_mapped(file: &Path) -> bool {
@@ -49,9 +44,7 @@ fn a_read_map_shows_the_file() {
 fn nothing_is_a_length_like_any_other() {
     let empty = file_of(b"");
     assert_eq!(ReadMap::new(empty.as_fd(), 0).unwrap().bytes(), b"");
-    for make in [OwnedMap::anonymous, |length| {
-        OwnedMap::reserve(length, 4096 * 16)
-    }] {
+    for make in [OwnedMap::anonymous, |length| OwnedMap::reserve(length, 4096 * 16)] {
         let mut map = make(0).unwrap();
         map.place(0, empty.as_fd(), 0, 0).unwrap();
         assert!(map.bytes_mut().is_empty());
@@ -66,37 +59,17 @@ fn nothing_is_a_length_like_any_other() {
 fn a_file_that_is_too_short_is_refused() {
     let file = file_of(&pattern(5000));
     let refused = ReadMap::new(file.as_fd(), 5001).unwrap_err();
-    assert_eq!(
-        refused.to_string(),
-        "cannot map a file up to byte 5001: its size is 5000"
-    );
+    assert_eq!(refused.to_string(), "cannot map a file up to byte 5001: its size is 5000");
     let page = page_bytes();
     let mut map = OwnedMap::reserve(4 * page, 0).unwrap();
-    let refused = map
-        .place(0, file.as_fd(), page as u64, 2 * page)
-        .unwrap_err();
-    assert!(matches!(
-        refused,
-        MapError::BeyondFile {
-            size_bytes: 5000,
-            ..
-        }
-    ));
+    let refused = map.place(0, file.as_fd(), page as u64, 2 * page).unwrap_err();
+    assert!(matches!(refused, MapError::BeyondFile { size_bytes: 5000, .. }));
     assert_eq!(map.bytes(), vec![0; 4 * page]);
 }
 
 #[test]
 fn fresh_memory_is_zeroed_and_aligned_at_every_size() {
-    for length in [
-        1,
-        63,
-        4096,
-        128 << 10,
-        (128 << 10) + 1,
-        3 << 20,
-        4 << 20,
-        9_000_001,
-    ] {
+    for length in [1, 63, 4096, 128 << 10, (128 << 10) + 1, 3 << 20, 4 << 20, 9_000_001] {
         let mut map = OwnedMap::anonymous(length).unwrap();
         assert_eq!(map.bytes_mut().len(), length);
         assert!(map.bytes().iter().all(|byte| *byte == 0));
@@ -114,28 +87,17 @@ fn fresh_memory_is_zeroed_and_aligned_at_every_size() {
 fn lengths_that_no_range_has_are_refused() {
     assert_eq!(
         OwnedMap::anonymous(usize::MAX).unwrap_err(),
-        MapError::TooLong {
-            length_bytes: u64::MAX
-        }
+        MapError::TooLong { length_bytes: u64::MAX }
     );
     assert!(OwnedMap::reserve(isize::MAX.unsigned_abs(), 0).is_err());
     let file = file_of(b"abc");
-    assert!(matches!(
-        ReadMap::new(file.as_fd(), u64::MAX),
-        Err(MapError::TooLong { .. })
-    ));
+    assert!(matches!(ReadMap::new(file.as_fd(), u64::MAX), Err(MapError::TooLong { .. })));
     assert!(ReadMap::new(file.as_fd(), 1 << 62).is_err());
 }
 
 #[test]
 fn a_range_is_congruent_to_what_was_asked_for() {
-    for congruent in [
-        0,
-        64 << 10,
-        17 << 16,
-        (2 << 20) - (64 << 10),
-        (5 << 30) + (64 << 10),
-    ] {
+    for congruent in [0, 64 << 10, 17 << 16, (2 << 20) - (64 << 10), (5 << 30) + (64 << 10)] {
         let map = OwnedMap::reserve(100_000, congruent).unwrap().share();
         let wanted = usize::try_from(congruent).unwrap() % HUGE_PAGE_BYTES;
         assert_eq!(map.as_ptr().addr() % HUGE_PAGE_BYTES, wanted);
@@ -144,10 +106,7 @@ fn a_range_is_congruent_to_what_was_asked_for() {
     let refused = OwnedMap::reserve(100_000, 100).unwrap_err();
     assert_eq!(
         refused.to_string(),
-        format!(
-            "offset 100 is not a multiple of the page size {}",
-            page_bytes()
-        )
+        format!("offset 100 is not a multiple of the page size {}", page_bytes())
     );
 }
 
@@ -166,8 +125,7 @@ fn what_is_placed_is_private_and_what_follows_it_can_be_written() {
     let mut map = OwnedMap::reserve(4 * page, page as u64).unwrap();
     map.place(0, file.as_fd(), page as u64, page).unwrap();
     // A short part: its last page shows what follows in the file until it is written over.
-    map.place(page, file.as_fd(), 4 * page as u64, page + 10)
-        .unwrap();
+    map.place(page, file.as_fd(), 4 * page as u64, page + 10).unwrap();
     assert_eq!(map.bytes()[..page], bytes[page..2 * page]);
     assert_eq!(map.bytes()[page..3 * page], bytes[4 * page..]);
     assert!(map.bytes()[3 * page..].iter().all(|byte| *byte == 0));
@@ -188,40 +146,19 @@ fn parts_are_placed_on_whole_pages_inside_their_range_only() {
     let file = file_of(&pattern(8 * page));
     let mut map = OwnedMap::reserve(2 * page, 0).unwrap();
     let mut place = |at, offset, length| map.place(at, file.as_fd(), offset, length);
-    assert!(matches!(
-        place(1, 0, page),
-        Err(MapError::Unaligned { offset: 1, .. })
-    ));
-    assert!(matches!(
-        place(0, 17, page),
-        Err(MapError::Unaligned { offset: 17, .. })
-    ));
+    assert!(matches!(place(1, 0, page), Err(MapError::Unaligned { offset: 1, .. })));
+    assert!(matches!(place(0, 17, page), Err(MapError::Unaligned { offset: 17, .. })));
     assert_eq!(
         place(page, 0, page + 1).unwrap_err(),
-        MapError::BeyondRange {
-            end: 2 * page + 1,
-            length_bytes: 2 * page
-        }
+        MapError::BeyondRange { end: 2 * page + 1, length_bytes: 2 * page }
     );
-    assert!(matches!(
-        place(usize::MAX - page + 1, 0, page),
-        Err(MapError::BeyondRange { .. })
-    ));
-    assert!(matches!(
-        place(2 * page, 0, 1),
-        Err(MapError::BeyondRange { .. })
-    ));
+    assert!(matches!(place(usize::MAX - page + 1, 0, page), Err(MapError::BeyondRange { .. })));
+    assert!(matches!(place(2 * page, 0, 1), Err(MapError::BeyondRange { .. })));
     place(page, 0, page).unwrap();
     for length in [page, 64 * page] {
         let mut fresh = OwnedMap::anonymous(length).unwrap();
         let refused = fresh.place(0, file.as_fd(), 0, page).unwrap_err();
-        assert_eq!(
-            refused,
-            MapError::BeyondRange {
-                end: page,
-                length_bytes: 0
-            }
-        );
+        assert_eq!(refused, MapError::BeyondRange { end: page, length_bytes: 0 });
     }
 }
 
@@ -235,10 +172,7 @@ fn a_file_open_for_nothing_but_writing_cannot_be_mapped() {
         .unwrap();
     file.set_len(4096).unwrap();
     let refused = ReadMap::new(file.as_fd(), 4096).unwrap_err();
-    assert_eq!(
-        refused.to_string(),
-        "cannot map 4096 bytes: Permission denied (os error 13)"
-    );
+    assert_eq!(refused.to_string(), "cannot map 4096 bytes: Permission denied (os error 13)");
 }
 
 #[test]

@@ -1,8 +1,5 @@
 //! The limits of a process, in a process of their own: they hold for all its threads.
-#![expect(
-    clippy::unwrap_used,
-    reason = "a test fails by panicking, its helpers too"
-)]
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking, its helpers too")]
 
 use std::io::Write;
 use std::os::fd::AsFd;
@@ -31,10 +28,7 @@ fn too_many_mappings() {
     let mut map = OwnedMap::reserve((limit + 2) * page, 0).unwrap();
     let mut placed = 0;
     let refused = loop {
-        assert!(
-            2 * placed < limit,
-            "the system allows more mappings than it says"
-        );
+        assert!(2 * placed < limit, "the system allows more mappings than it says");
         match map.place(2 * placed * page, file.as_fd(), 0, page) {
             Ok(()) => placed += 1,
             Err(refused) => break refused,
@@ -42,15 +36,8 @@ fn too_many_mappings() {
     };
     assert!(matches!(refused, MapError::MapCount { .. }), "{refused}");
     let text = refused.to_string();
-    assert!(
-        text.ends_with(&format!("`vm.max_map_count` is {limit}")),
-        "{text}"
-    );
-    assert_eq!(
-        map.bytes().len(),
-        2 * placed * page,
-        "the range ends before the refused part"
-    );
+    assert!(text.ends_with(&format!("`vm.max_map_count` is {limit}")), "{text}");
+    assert_eq!(map.bytes().len(), 2 * placed * page, "the range ends before the refused part");
     let (before, last) = map.bytes().split_at(2 * (placed - 1) * page);
     assert!(before.starts_with(&[5]));
     assert!(last.starts_with(&[5]) && last.ends_with(&[0]));
@@ -58,14 +45,7 @@ fn too_many_mappings() {
 
 fn too_many_addresses() {
     let before = getrlimit(Resource::As);
-    setrlimit(
-        Resource::As,
-        Rlimit {
-            current: Some(64 << 30),
-            maximum: before.maximum,
-        },
-    )
-    .unwrap();
+    setrlimit(Resource::As, Rlimit { current: Some(64 << 30), maximum: before.maximum }).unwrap();
     let refused = OwnedMap::reserve(65 << 30, 0).unwrap_err();
     setrlimit(Resource::As, before).unwrap();
     assert_eq!(

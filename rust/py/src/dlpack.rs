@@ -7,10 +7,7 @@
 //! - dropping an export needs neither the interpreter nor a certain thread;
 //! - memory that belongs to Python is only ever copied from or to, through its address: nothing
 //!   here is wrong if Python writes to it meanwhile, except the values copied.
-#![expect(
-    unsafe_code,
-    reason = "C interfaces; one operation a block, each with its invariant"
-)]
+#![expect(unsafe_code, reason = "C interfaces; one operation a block, each with its invariant")]
 
 mod extent;
 mod layout;
@@ -94,9 +91,7 @@ impl Tensor {
         shape: &[usize],
     ) -> PyResult<Self> {
         let fits = Extent::new(shape, dtype).filter(|extent| {
-            offset
-                .checked_add(extent.bytes)
-                .is_some_and(|end| end <= memory.len())
+            offset.checked_add(extent.bytes).is_some_and(|end| end <= memory.len())
         });
         let Some(extent) = fits else {
             return Err(PyValueError::new_err(format!(
@@ -104,12 +99,7 @@ impl Tensor {
                 memory.len()
             )));
         };
-        Ok(Self {
-            memory,
-            offset,
-            dtype,
-            extent: Arc::new(extent),
-        })
+        Ok(Self { memory, offset, dtype, extent: Arc::new(extent) })
     }
 
     /// Returns a tensor that owns all of `memory` by itself.
@@ -127,12 +117,7 @@ impl Tensor {
         let mut copy = OwnedMap::anonymous(self.extent.bytes)?;
         self.memory.copy_to(self.offset, copy.bytes_mut())?;
         let (memory, extent) = (Arc::new(copy.share()), Arc::clone(&self.extent));
-        Ok(Self {
-            memory,
-            offset: 0,
-            dtype: self.dtype,
-            extent,
-        })
+        Ok(Self { memory, offset: 0, dtype: self.dtype, extent })
     }
 
     /// Returns a capsule that owns a reference to the memory until a consumer takes it over.
@@ -144,19 +129,11 @@ impl Tensor {
         let (code, bits) = self.dtype.dlpack();
         let (device_type, device_id) = CPU;
         let tensor = DlTensor {
-            data: if self.extent.bytes == 0 {
-                ptr::null_mut()
-            } else {
-                self.data()
-            },
+            data: if self.extent.bytes == 0 { ptr::null_mut() } else { self.data() },
             device_type,
             device_id,
             ndim: i32::try_from(self.extent.shape.len())?,
-            dtype: DlDataType {
-                code,
-                bits,
-                lanes: 1,
-            },
+            dtype: DlDataType { code, bits, lanes: 1 },
             shape: address(&self.extent.shape),
             strides: address(&self.extent.strides),
             byte_offset: 0,
@@ -223,33 +200,15 @@ impl Tensor {
             .chain(feature.iter().copied())
             .map(usize::try_from)
             .collect();
-        let before = self
-            .extent
-            .byte_strides
-            .first()
-            .map_or(0, |stride| stride.unsigned_abs());
+        let before = self.extent.byte_strides.first().map_or(0, |stride| stride.unsigned_abs());
         // A tensor without bytes may have rows whose product with a stride lies beyond its memory.
-        let skipped = if self.extent.bytes == 0 {
-            0
-        } else {
-            usize::try_from(start)? * before
-        };
-        Self::new(
-            Arc::clone(&self.memory),
-            self.offset + skipped,
-            self.dtype,
-            &shape?,
-        )
+        let skipped = if self.extent.bytes == 0 { 0 } else { usize::try_from(start)? * before };
+        Self::new(Arc::clone(&self.memory), self.offset + skipped, self.dtype, &shape?)
     }
 
     /// Return the same memory as `uint8` of shape `[nbytes]`.
     fn bytes(&self) -> PyResult<Self> {
-        Self::new(
-            Arc::clone(&self.memory),
-            self.offset,
-            Dtype::U8,
-            &[self.extent.bytes],
-        )
+        Self::new(Arc::clone(&self.memory), self.offset, Dtype::U8, &[self.extent.bytes])
     }
 
     fn __len__(&self) -> PyResult<usize> {
@@ -260,11 +219,7 @@ impl Tensor {
     }
 
     fn __repr__(&self, py: Python<'_>) -> PyResult<String> {
-        Ok(format!(
-            "Tensor(shape={}, dtype={})",
-            self.shape(py)?.repr()?,
-            self.dtype
-        ))
+        Ok(format!("Tensor(shape={}, dtype={})", self.shape(py)?.repr()?, self.dtype))
     }
 
     /// Return a `DLPack` capsule: versioned where `max_version` is 1.0 or more, else the legacy one.
@@ -328,8 +283,7 @@ impl Tensor {
         let options = PyDict::new(py);
         options.set_item("copy", copy)?;
         let arguments = (PyMemoryView::from(slf)?, dtype);
-        py.import("numpy")?
-            .call_method("array", arguments, Some(&options))
+        py.import("numpy")?.call_method("array", arguments, Some(&options))
     }
 
     unsafe fn __getbuffer__(
@@ -342,13 +296,7 @@ impl Tensor {
         };
         let filled = slf.get().view(slf.py(), flags);
         let (buffer, result) = match filled {
-            Ok(buffer) => (
-                ffi::Py_buffer {
-                    obj: slf.into_ptr(),
-                    ..buffer
-                },
-                Ok(()),
-            ),
+            Ok(buffer) => (ffi::Py_buffer { obj: slf.into_ptr(), ..buffer }, Ok(())),
             Err(error) => (ffi::Py_buffer::new(), Err(error)), // without an owner: nothing to release
         };
         // SAFETY: Python calls this with room for one view.
@@ -367,14 +315,10 @@ impl Tensor {
         let asks = |flag: c_int| flags & flag == flag;
         let is_readonly = self.memory.is_column();
         if asks(ffi::PyBUF_WRITABLE) && is_readonly {
-            return Err(PyBufferError::new_err(
-                "stored values are read-only: copy them to write",
-            ));
+            return Err(PyBufferError::new_err("stored values are read-only: copy them to write"));
         }
         if asks(ffi::PyBUF_F_CONTIGUOUS) && !self.extent.is_any_order() {
-            return Err(PyBufferError::new_err(
-                "the memory is in C order, not in Fortran order",
-            ));
+            return Err(PyBufferError::new_err("the memory is in C order, not in Fortran order"));
         }
         let mut view = ffi::Py_buffer {
             buf: self.data(),
@@ -397,10 +341,7 @@ impl Tensor {
     }
 }
 
-const _: () = assert!(
-    size_of::<isize>() == size_of::<i64>(),
-    "`view` shares shapes"
-);
+const _: () = assert!(size_of::<isize>() == size_of::<i64>(), "`view` shares shapes");
 
 /// Memory of a Python object to read from: C-contiguous, kept alive, of whatever item type.
 ///

@@ -24,16 +24,15 @@ fn instance<'py>(
 pub(crate) fn convert(py: Python<'_>, error: &Error) -> PyErr {
     let message = error.to_string();
     let class = match error {
-        Error::Io { path, source, .. } => {
+        Error::Io { path, .. } => {
             let path = path.display().to_string();
-            return instance(py, "DiskError", (message, source.raw_os_error(), path));
+            return instance(py, "DiskError", (message, error.errno(), path));
         }
+        Error::Map(_) => return instance(py, "DiskError", (message, error.errno())),
         Error::Full { path, .. } => {
             let path = path.display().to_string();
-            // ENOSPC, as `OSError` has it.
-            return instance(py, "DiskFullError", (message, Some(28), path));
+            return instance(py, "DiskFullError", (message, error.errno(), path));
         }
-        Error::Map(_) => "DiskError",
         Error::Path(_) => "PathError",
         Error::UnknownDtype { .. } => "DtypeError",
         Error::NotFound { .. } => "StoreNotFoundError",

@@ -1,8 +1,5 @@
 //! Paths, expansion and lookup, as `lamina._core.Path`, `ModuleTree` and `SiteIndex`.
-#![expect(
-    clippy::doc_markdown,
-    reason = "the comments on methods are Python docstrings"
-)]
+#![expect(clippy::doc_markdown, reason = "the comments on methods are Python docstrings")]
 
 use std::collections::BTreeMap;
 
@@ -35,16 +32,11 @@ impl Path {
     #[new]
     fn new(text: &Bound<'_, PyString>) -> PyResult<Self> {
         let parsed = unicode(text)?.parse();
-        parsed
-            .map(Self)
-            .map_err(|error| path_error(text.py(), &error))
+        parsed.map(Self).map_err(|error| path_error(text.py(), &error))
     }
 
     fn __repr__(&self, py: Python<'_>) -> PyResult<String> {
-        Ok(format!(
-            "Path({})",
-            PyString::new(py, &self.0.to_string()).repr()?
-        ))
+        Ok(format!("Path({})", PyString::new(py, &self.0.to_string()).repr()?))
     }
 
     fn __getnewargs__(&self) -> (String,) {
@@ -72,12 +64,7 @@ impl Path {
     /// The steps from the root to the module: names, indices, slices, lists.
     #[getter]
     fn steps<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
-        let steps: PyResult<Vec<_>> = self
-            .0
-            .steps()
-            .iter()
-            .map(|step| step_to(py, step))
-            .collect();
+        let steps: PyResult<Vec<_>> = self.0.steps().iter().map(|step| step_to(py, step)).collect();
         PyTuple::new(py, steps?)
     }
 
@@ -115,10 +102,7 @@ impl Path {
     /// The position where syntax alone shows one: a slice, a list, a bracket after `.grad`.
     #[getter]
     fn position<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyAny>>> {
-        self.0
-            .position()
-            .map(|position| selector_to(py, position))
-            .transpose()
+        self.0.position().map(|position| selector_to(py, position)).transpose()
     }
 
     /// Return the site without its position, and the position.
@@ -136,9 +120,7 @@ impl Path {
     ) -> PyResult<(Self, Option<Bound<'py, PyAny>>)> {
         let split = self.0.split(elements);
         let (site, position) = split.map_err(|error| path_error(py, &error))?;
-        let position = position
-            .map(|position| selector_to(py, &position))
-            .transpose()?;
+        let position = position.map(|position| selector_to(py, &position)).transpose()?;
         Ok((Self(site), position))
     }
 
@@ -151,9 +133,7 @@ impl Path {
             return Ok(self.clone());
         };
         let selected = self.0.at(selector_from(position)?);
-        selected
-            .map(Self)
-            .map_err(|error| path_error(position.py(), &error))
+        selected.map(Self).map_err(|error| path_error(position.py(), &error))
     }
 }
 
@@ -174,10 +154,7 @@ impl ModuleTree {
     /// Raises:
     ///     SiteNotFoundError: There is none; the message lists the nearest, or what there is.
     fn expand(&self, py: Python<'_>, path: &Bound<'_, Path>) -> PyResult<Vec<Path>> {
-        let paths = self
-            .0
-            .expand(&path.get().0)
-            .map_err(|error| find_error(py, &error))?;
+        let paths = self.0.expand(&path.get().0).map_err(|error| find_error(py, &error))?;
         Ok(paths.into_iter().map(Path).collect())
     }
 
@@ -200,10 +177,7 @@ impl SiteIndex {
         let sites = sites.iter().map(|site| Ok(site.cast_into::<PyString>()?));
         let sites: Vec<Bound<'_, PyString>> = sites.collect::<PyResult<_>>()?;
         let texts: Vec<&str> = sites.iter().map(unicode).collect::<PyResult<_>>()?;
-        Ok(Self(core::SiteIndex::new(
-            texts,
-            lengths.unwrap_or_default(),
-        )))
+        Ok(Self(core::SiteIndex::new(texts, lengths.unwrap_or_default())))
     }
 
     /// Return the sites that a text stands for, in store order, each with the position or `None`.
@@ -216,17 +190,9 @@ impl SiteIndex {
         text: &Bound<'py, PyString>,
     ) -> PyResult<Vec<(usize, Option<Bound<'py, PyAny>>)>> {
         let py = text.py();
-        let found = self
-            .0
-            .find(unicode(text)?)
-            .map_err(|error| find_error(py, &error))?;
+        let found = self.0.find(unicode(text)?).map_err(|error| find_error(py, &error))?;
         let pair = |(site, position): core::Match| {
-            Ok((
-                site,
-                position
-                    .map(|position| selector_to(py, &position))
-                    .transpose()?,
-            ))
+            Ok((site, position.map(|position| selector_to(py, &position)).transpose()?))
         };
         found.into_iter().map(pair).collect()
     }
@@ -250,11 +216,7 @@ pub(crate) fn find_error(py: Python<'_>, error: &FindError) -> PyErr {
 /// Returns the text itself; a lone surrogate is an error of the path.
 fn unicode<'text>(text: &'text Bound<'_, PyString>) -> PyResult<&'text str> {
     text.to_str().map_err(|error| {
-        raise(
-            text.py(),
-            "PathError",
-            format!("invalid path: no valid Unicode ({error})"),
-        )
+        raise(text.py(), "PathError", format!("invalid path: no valid Unicode ({error})"))
     })
 }
 
@@ -297,20 +259,13 @@ fn selector_from(position: &Bound<'_, PyAny>) -> PyResult<Selector> {
     if position.is_instance_of::<PySlice>() {
         let bound = |name: &str| {
             let bound = position.getattr(name)?;
-            if bound.is_none() {
-                Ok(None)
-            } else {
-                index_from(&bound).map(Some)
-            }
+            if bound.is_none() { Ok(None) } else { index_from(&bound).map(Some) }
         };
         let slice = core::Slice::new(bound("start")?, bound("stop")?, bound("step")?);
         return Ok(Selector::Slice(Box::new(slice.map_err(refuse)?)));
     }
     if position.is_instance_of::<PyList>() || position.is_instance_of::<PyTuple>() {
-        let entries: PyResult<_> = position
-            .try_iter()?
-            .map(|entry| index_from(&entry?))
-            .collect();
+        let entries: PyResult<_> = position.try_iter()?.map(|entry| index_from(&entry?)).collect();
         return Ok(Selector::List(core::List::new(entries?).map_err(refuse)?));
     }
     index_from(position).map(Selector::Index)
@@ -320,16 +275,9 @@ fn index_from(number: &Bound<'_, PyAny>) -> PyResult<i64> {
     let py = number.py();
     number.extract().map_err(|error: PyErr| {
         if error.is_instance_of::<PyOverflowError>(py) {
-            return raise(
-                py,
-                "PathError",
-                "expected an index of at most 64 bits".into(),
-            );
+            return raise(py, "PathError", "expected an index of at most 64 bits".into());
         }
-        let kind = number
-            .get_type()
-            .name()
-            .map_or_else(|_| "?".into(), |name| name.to_string());
+        let kind = number.get_type().name().map_or_else(|_| "?".into(), |name| name.to_string());
         let expected = "expected a position as int, slice, list of int or None";
         PyTypeError::new_err(format!("{expected}, found {kind}"))
     })

@@ -26,11 +26,7 @@ pub(crate) fn sites_to<'py>(py: Python<'py>, plan: &Plan) -> PyResult<Vec<SiteTu
     plan.sites()
         .iter()
         .map(|site| {
-            Ok((
-                site.path.clone(),
-                site.dtype.name(),
-                PyTuple::new(py, site.shape.iter())?,
-            ))
+            Ok((site.path.clone(), site.dtype.name(), PyTuple::new(py, site.shape.iter())?))
         })
         .collect()
 }
@@ -51,28 +47,22 @@ pub(crate) fn rows_per_shard(
 #[pyfunction]
 pub(crate) fn row_bytes(py: Python<'_>, sites: Vec<SiteArgument>) -> PyResult<u64> {
     let sites = sites_from(py, sites)?;
-    sites
-        .iter()
-        .try_fold(lamina_core::layout::ROW_TABLE_BYTES, |sum, site| {
-            let bytes = site.row_bytes().map_err(|error| convert(py, &error))?;
-            Ok(sum.saturating_add(bytes))
-        })
+    sites.iter().try_fold(lamina_core::layout::ROW_TABLE_BYTES, |sum, site| {
+        let bytes = site.row_bytes().map_err(|error| convert(py, &error))?;
+        Ok(sum.saturating_add(bytes))
+    })
 }
 
 /// Return the bytes of one element. Any name of the dtype goes in.
 #[pyfunction]
 pub(crate) fn dtype_size(py: Python<'_>, dtype: &str) -> PyResult<u64> {
     let dtype = dtype.parse::<lamina_core::dtype::Dtype>();
-    dtype
-        .map(lamina_core::dtype::Dtype::size)
-        .map_err(|error| convert(py, &error))
+    dtype.map(lamina_core::dtype::Dtype::size).map_err(|error| convert(py, &error))
 }
 
 /// Return the torch name of a dtype given under any of its names.
 #[pyfunction]
 pub(crate) fn dtype_name(py: Python<'_>, dtype: &str) -> PyResult<&'static str> {
     let dtype = dtype.parse::<lamina_core::dtype::Dtype>();
-    dtype
-        .map(lamina_core::dtype::Dtype::name)
-        .map_err(|error| convert(py, &error))
+    dtype.map(lamina_core::dtype::Dtype::name).map_err(|error| convert(py, &error))
 }

@@ -61,10 +61,7 @@ fn owned(py: Python<'_>, bytes: &[u8], dtype: Dtype, shape: &[usize]) -> PyResul
 }
 
 fn owned_i64(py: Python<'_>, values: &[i64]) -> PyResult<Tensor> {
-    let bytes: Vec<u8> = values
-        .iter()
-        .flat_map(|value| value.to_le_bytes())
-        .collect();
+    let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
     owned(py, &bytes, Dtype::I64, &[values.len()])
 }
 
@@ -76,16 +73,8 @@ impl Store {
             let message = format!("site {site} is out of range: there are {sites} sites");
             return Err(raise(py, "InputError", message));
         };
-        let shape = found
-            .shape
-            .iter()
-            .map(|&n| usize::try_from(n))
-            .collect::<Result<_, _>>()?;
-        Ok((
-            found.dtype,
-            shape,
-            usize::try_from(self.store.plan().row_bytes(site))?,
-        ))
+        let shape = found.shape.iter().map(|&n| usize::try_from(n)).collect::<Result<_, _>>()?;
+        Ok((found.dtype, shape, usize::try_from(self.store.plan().row_bytes(site))?))
     }
 }
 
@@ -96,10 +85,7 @@ impl Store {
     #[pyo3(signature = (directory, version = None))]
     fn open(py: Python<'_>, directory: PathBuf, version: Option<u64>) -> PyResult<Self> {
         let store = run(py, || lamina_core::Store::open(&directory, version))?;
-        Ok(Self {
-            directory,
-            store: Arc::new(store),
-        })
+        Ok(Self { directory, store: Arc::new(store) })
     }
 
     /// The store's directory.
@@ -182,27 +168,14 @@ impl Store {
 
     /// Return the index of a site given by its canonical path, or None.
     fn site_index(&self, path: &str) -> Option<usize> {
-        self.store
-            .plan()
-            .sites()
-            .iter()
-            .position(|site| site.path == path)
+        self.store.plan().sites().iter().position(|site| site.path == path)
     }
 
     /// Return `(path, dtype, feature shape)` of one site.
     fn site_at<'py>(&self, py: Python<'py>, site: usize) -> PyResult<SiteTuple<'py>> {
         let (dtype, shape, _) = self.site(py, site)?;
-        let path = self
-            .store
-            .plan()
-            .sites()
-            .get(site)
-            .map(|site| site.path.clone());
-        Ok((
-            path.unwrap_or_default(),
-            dtype.name(),
-            pyo3::types::PyTuple::new(py, shape)?,
-        ))
+        let path = self.store.plan().sites().get(site).map(|site| site.path.clone());
+        Ok((path.unwrap_or_default(), dtype.name(), pyo3::types::PyTuple::new(py, shape)?))
     }
 
     /// R, the rows of a full shard.
@@ -218,9 +191,7 @@ impl Store {
         let mut start = Start::default();
         let mut shards = Vec::new();
         for entry in &self.store.manifest().shards {
-            let layout = plan
-                .layout(&entry.size())
-                .map_err(|error| convert(py, &error))?;
+            let layout = plan.layout(&entry.size()).map_err(|error| convert(py, &error))?;
             shards.push((
                 entry.file_name(),
                 start.row,
@@ -239,9 +210,7 @@ impl Store {
     /// Return how each site's column is mapped: "2 MiB", "64 KiB", "4 KiB" or "copy".
     fn tiers(&self) -> Vec<&'static str> {
         let plan = self.store.plan();
-        (0..plan.sites().len())
-            .map(|site| plan.tier(site).name())
-            .collect()
+        (0..plan.sites().len()).map(|site| plan.tier(site).name()).collect()
     }
 
     /// Return per site how many values are NaN, infinite, and became infinite in a cast.
@@ -249,10 +218,7 @@ impl Store {
         let mut sums = vec![(0, 0, 0); self.store.plan().sites().len()];
         for entry in &self.store.manifest().shards {
             for &[site, nan, infinite, overflow] in &entry.counts {
-                if let Some(sum) = usize::try_from(site)
-                    .ok()
-                    .and_then(|site| sums.get_mut(site))
-                {
+                if let Some(sum) = usize::try_from(site).ok().and_then(|site| sums.get_mut(site)) {
                     sum.0 += nan;
                     sum.1 += infinite;
                     sum.2 += overflow;
@@ -266,10 +232,7 @@ impl Store {
     fn newer(&self, py: Python<'_>) -> PyResult<Option<Self>> {
         let newer = run(py, || self.store.newer())?;
         let directory = self.directory.clone();
-        Ok(newer.map(|store| Self {
-            directory,
-            store: Arc::new(store),
-        }))
+        Ok(newer.map(|store| Self { directory, store: Arc::new(store) }))
     }
 
     /// Make what was found durable; a read-only file system is no error.
@@ -299,13 +262,9 @@ impl Store {
         verify: bool,
     ) -> PyResult<Vec<Tensor>> {
         let rows: Vec<i64> = rows.items(py)?;
-        let facts = sites
-            .iter()
-            .map(|&site| self.site(py, site))
-            .collect::<PyResult<Vec<_>>>()?;
-        let uniform = facts
-            .windows(2)
-            .all(|pair| matches!(pair, [first, second] if first == second));
+        let facts = sites.iter().map(|&site| self.site(py, site)).collect::<PyResult<Vec<_>>>()?;
+        let uniform =
+            facts.windows(2).all(|pair| matches!(pair, [first, second] if first == second));
         // Per site: which buffer, where in it, and how far apart its rows are.
         let wide = facts.first().map_or(0, |(.., bytes)| bytes * sites.len());
         let mut plan: Vec<(usize, usize, usize)> = Vec::with_capacity(sites.len());
@@ -320,9 +279,7 @@ impl Store {
             }
             shape.extend(feature);
             if !uniform || index == 0 {
-                let total = shape
-                    .iter()
-                    .try_fold(dtype.size(), |n, &d| n.checked_mul(d as u64));
+                let total = shape.iter().try_fold(dtype.size(), |n, &d| n.checked_mul(d as u64));
                 let total = usize::try_from(total.unwrap_or(u64::MAX))?;
                 shapes.push((*dtype, shape, total));
             }
@@ -330,8 +287,7 @@ impl Store {
         let work = |sinks: &mut [&mut dyn Sink]| {
             for (&site, &(sink, offset, stride)) in sites.iter().zip(&plan) {
                 if let Some(sink) = sinks.get_mut(sink) {
-                    self.store
-                        .gather(site, &rows, &mut **sink, (offset, stride), verify)?;
+                    self.store.gather(site, &rows, &mut **sink, (offset, stride), verify)?;
                 }
             }
             Ok(())
@@ -360,10 +316,8 @@ impl Store {
             return Err(raise(py, "InputError", message));
         }
         run(py, || {
-            let mut sinks: Vec<&mut dyn Sink> = buffers
-                .iter_mut()
-                .map(|buffer| buffer as &mut dyn Sink)
-                .collect();
+            let mut sinks: Vec<&mut dyn Sink> =
+                buffers.iter_mut().map(|buffer| buffer as &mut dyn Sink).collect();
             work(&mut sinks)
         })?;
         Ok(Vec::new())
@@ -375,9 +329,7 @@ impl Store {
         let rows: Vec<i64> = (start..stop).collect();
         let mut map = OwnedMap::anonymous(rows.len().saturating_mul(bytes))
             .map_err(|error| convert(py, &error.into()))?;
-        run(py, || {
-            self.store.gather(site, &rows, &mut map, (0, bytes), true)
-        })?;
+        run(py, || self.store.gather(site, &rows, &mut map, (0, bytes), true))?;
         let mut shape = vec![rows.len()];
         shape.extend(feature);
         Tensor::owning(map, dtype, &shape)
@@ -408,10 +360,8 @@ impl Store {
     ) -> PyResult<(Tensor, Tensor, Tensor)> {
         let table = run(py, || self.store.prompt_rows(start, stop))?;
         let column = |value: fn(&PromptRows) -> u64| {
-            let bytes: Vec<u8> = table
-                .iter()
-                .flat_map(|prompt| value(prompt).to_le_bytes())
-                .collect();
+            let bytes: Vec<u8> =
+                table.iter().flat_map(|prompt| value(prompt).to_le_bytes()).collect();
             owned(py, &bytes, Dtype::U64, &[table.len()])
         };
         Ok((
@@ -497,10 +447,6 @@ impl Store {
     }
 
     fn __repr__(&self) -> String {
-        format!(
-            "Store({:?}, version {})",
-            self.directory.display().to_string(),
-            self.version()
-        )
+        format!("Store({:?}, version {})", self.directory.display().to_string(), self.version())
     }
 }

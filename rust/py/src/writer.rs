@@ -29,16 +29,11 @@ enum State {
 
 fn pace(rows_total: Option<u64>, commit_seconds: f64) -> Pace {
     let commit_every = Duration::try_from_secs_f64(commit_seconds).unwrap_or(Duration::MAX);
-    Pace {
-        rows_total,
-        commit_every,
-    }
+    Pace { rows_total, commit_every }
 }
 
 fn closed() -> Error {
-    Error::Closed {
-        reason: String::from("it has no store open"),
-    }
+    Error::Closed { reason: String::from("it has no store open") }
 }
 
 impl Writer {
@@ -98,11 +93,7 @@ impl Writer {
             let has_store = lamina_core::probe(&directory)? == Probe::Store;
             Ok((disk, lock, has_store))
         })?;
-        Ok(Self {
-            directory,
-            has_store,
-            state: Mutex::new(State::Locked(disk, lock)),
-        })
+        Ok(Self { directory, has_store, state: Mutex::new(State::Locked(disk, lock)) })
     }
 
     /// Whether a committed version was there when the lock was taken.
@@ -132,13 +123,7 @@ impl Writer {
         commit_seconds: f64,
     ) -> PyResult<()> {
         let sites = sites_from(py, sites)?;
-        let new = NewStore {
-            sites,
-            identity,
-            about,
-            shard_bytes,
-            texts,
-        };
+        let new = NewStore { sites, identity, about, shard_bytes, texts };
         self.start(py, |disk, lock| {
             lamina_core::Writer::begin(disk, lock, new, pace(rows_total, commit_seconds))
         })
@@ -307,9 +292,7 @@ pub(crate) fn probe(py: Python<'_>, directory: PathBuf) -> PyResult<&'static str
 pub(crate) fn free_bytes(py: Python<'_>, directory: PathBuf) -> PyResult<u64> {
     run(py, || {
         let absolute = std::path::absolute(&directory).unwrap_or_else(|_| directory.clone());
-        let mut last = Error::NotFound {
-            path: directory.clone(),
-        };
+        let mut last = Error::NotFound { path: directory.clone() };
         for parent in absolute.ancestors() {
             match Directory::open(parent) {
                 Ok(opened) => return opened.free_bytes(),

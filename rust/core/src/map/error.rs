@@ -138,39 +138,16 @@ impl Limits {
 /// Names the setting behind a refusal of `length_bytes`, where one explains it.
 fn explain(source: Errno, length_bytes: usize, limits: &Limits) -> MapError {
     if source != Errno::NOMEM {
-        return MapError::System {
-            length_bytes,
-            source,
-        };
+        return MapError::System { length_bytes, source };
     }
-    let Limits {
-        overcommit,
-        map_count: count,
-        max_map_count,
-        address_space_bytes,
-    } = *limits;
+    let Limits { overcommit, map_count: count, max_map_count, address_space_bytes } = *limits;
     match (max_map_count, overcommit, address_space_bytes) {
         (Some(limit), _, _) if count.saturating_add(MAP_COUNT_MARGIN) >= limit => {
-            MapError::MapCount {
-                length_bytes,
-                count,
-                limit,
-                source,
-            }
+            MapError::MapCount { length_bytes, count, limit, source }
         }
-        (_, Some(2), _) => MapError::Overcommit {
-            length_bytes,
-            source,
-        },
-        (_, _, Some(limit_bytes)) => MapError::AddressSpace {
-            length_bytes,
-            limit_bytes,
-            source,
-        },
-        (_, _, None) => MapError::System {
-            length_bytes,
-            source,
-        },
+        (_, Some(2), _) => MapError::Overcommit { length_bytes, source },
+        (_, _, Some(limit_bytes)) => MapError::AddressSpace { length_bytes, limit_bytes, source },
+        (_, _, None) => MapError::System { length_bytes, source },
     }
 }
 
@@ -189,46 +166,21 @@ mod tests {
     fn a_refusal_names_the_setting_behind_it() {
         let said = |limits| explain(Errno::NOMEM, 4096, &limits).to_string();
         assert_eq!(
-            said(Limits {
-                overcommit: Some(2),
-                ..FREE
-            }),
+            said(Limits { overcommit: Some(2), ..FREE }),
             "cannot reserve 4096 bytes of addresses: `vm.overcommit_memory` is 2, which counts \
              them as memory in use; needed: 0 or 1"
         );
         assert_eq!(
-            said(Limits {
-                map_count: 65_531,
-                ..FREE
-            }),
+            said(Limits { map_count: 65_531, ..FREE }),
             "cannot map 4096 bytes: this process has 65531 mappings and `vm.max_map_count` is 65530"
         );
         assert_eq!(
-            said(Limits {
-                address_space_bytes: Some(8192),
-                ..FREE
-            }),
+            said(Limits { address_space_bytes: Some(8192), ..FREE }),
             "cannot map 4096 bytes: the process is limited to 8192 bytes of addresses \
              (`ulimit -v`, RLIMIT_AS)"
         );
-        assert_eq!(
-            explain(Errno::NOMEM, 4096, &FREE).errno(),
-            Some(Errno::NOMEM)
-        );
-        let other = explain(
-            Errno::NODEV,
-            4096,
-            &Limits {
-                overcommit: Some(2),
-                ..FREE
-            },
-        );
-        assert_eq!(
-            other,
-            MapError::System {
-                length_bytes: 4096,
-                source: Errno::NODEV
-            }
-        );
+        assert_eq!(explain(Errno::NOMEM, 4096, &FREE).errno(), Some(Errno::NOMEM));
+        let other = explain(Errno::NODEV, 4096, &Limits { overcommit: Some(2), ..FREE });
+        assert_eq!(other, MapError::System { length_bytes: 4096, source: Errno::NODEV });
     }
 }

@@ -248,10 +248,7 @@ impl Display for Children<'_> {
         let Self(index, length, children) = self;
         if children.is_empty() {
             let last = length.saturating_sub(1);
-            return write!(
-                formatter,
-                "{length} entries, [0] to [{last}], and no [{index}]"
-            );
+            return write!(formatter, "{length} entries, [0] to [{last}], and no [{index}]");
         }
         write!(formatter, "no [{index}]")?;
         let from_end = i128::from(*index) + i128::from(*length);
@@ -259,11 +256,7 @@ impl Display for Children<'_> {
             write!(formatter, ", which is [{from_end}]")?;
         }
         for (place, child) in children.iter().enumerate() {
-            write!(
-                formatter,
-                "{}[{child}]",
-                if place == 0 { "; nearest: " } else { ", " }
-            )?;
+            write!(formatter, "{}[{child}]", if place == 0 { "; nearest: " } else { ", " })?;
         }
         Ok(())
     }

@@ -64,10 +64,8 @@ impl ModuleTree {
             nearest: nearest(&self.tree, path, |node| self.listed(node).then_some(path)),
         };
         let nodes = self.tree.find(path, |node| self.listed(node), unknown)?;
-        let mut paths: Vec<Path> = nodes
-            .into_iter()
-            .map(|node| path.with_steps(self.tree.steps(node)))
-            .collect();
+        let mut paths: Vec<Path> =
+            nodes.into_iter().map(|node| path.with_steps(self.tree.steps(node))).collect();
         paths.sort_unstable();
         Ok(paths)
     }

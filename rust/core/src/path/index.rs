@@ -51,13 +51,7 @@ impl SiteIndex {
             texts.push_str(site.as_ref());
             ends.push(texts.len());
         }
-        Self {
-            texts,
-            ends,
-            lengths,
-            by_hash: OnceLock::new(),
-            parsed: OnceLock::new(),
-        }
+        Self { texts, ends, lengths, by_hash: OnceLock::new(), parsed: OnceLock::new() }
     }
 
     /// Returns the sites that a path stands for, in the store's order, each with the position.
@@ -88,13 +82,9 @@ impl SiteIndex {
         }
         let parsed = self.parsed.get_or_init(|| self.parse());
         let accept = |node| !parsed.matches(node, &path).is_empty();
-        let nodes = parsed
-            .tree
-            .find(&path, accept, |path| parsed.unknown(path))?;
-        let mut found: Vec<Match> = nodes
-            .into_iter()
-            .flat_map(|node| parsed.matches(node, &path))
-            .collect();
+        let nodes = parsed.tree.find(&path, accept, |path| parsed.unknown(path))?;
+        let mut found: Vec<Match> =
+            nodes.into_iter().flat_map(|node| parsed.matches(node, &path)).collect();
         found.sort_unstable_by_key(|(site, _)| *site);
         Ok(found)
     }
@@ -108,9 +98,7 @@ impl SiteIndex {
         let whole = path.position.is_none().then(|| (path.clone(), None));
         let written = path.elements.len();
         let last = usize::from(path.position.is_none());
-        let parts = written
-            .checked_sub(last)
-            .and_then(|elements| path.split(elements).ok());
+        let parts = written.checked_sub(last).and_then(|elements| path.split(elements).ok());
         let readings: Vec<_> = whole.into_iter().chain(parts).collect();
         let find = |root: &str| {
             readings.iter().find_map(|(site, position)| {
@@ -125,20 +113,13 @@ impl SiteIndex {
         let hash = xxh3_64(text.as_bytes());
         let by_hash = self.by_hash.get_or_init(|| self.hash());
         let first = by_hash.partition_point(|(other, _)| *other < hash);
-        let mut equal = by_hash
-            .iter()
-            .skip(first)
-            .take_while(|(other, _)| *other == hash);
-        equal
-            .find(|(_, site)| self.text(*site) == Some(text))
-            .map(|(_, site)| *site)
+        let mut equal = by_hash.iter().skip(first).take_while(|(other, _)| *other == hash);
+        equal.find(|(_, site)| self.text(*site) == Some(text)).map(|(_, site)| *site)
     }
 
     fn hash(&self) -> Vec<(u64, usize)> {
-        let mut by_hash: Vec<_> = self
-            .texts()
-            .map(|(site, text)| (xxh3_64(text.as_bytes()), site))
-            .collect();
+        let mut by_hash: Vec<_> =
+            self.texts().map(|(site, text)| (xxh3_64(text.as_bytes()), site)).collect();
         by_hash.sort_unstable();
         by_hash
     }
@@ -159,9 +140,7 @@ impl SiteIndex {
         }
         for (name, length) in &self.lengths {
             let segments = name.split('.').filter(|segment| !segment.is_empty());
-            let steps: Vec<_> = segments
-                .map(|name| Element::of_segment(name).into())
-                .collect();
+            let steps: Vec<_> = segments.map(|name| Element::of_segment(name).into()).collect();
             tree.set_length(&steps, *length);
         }
         Parsed { tree, at }
@@ -172,9 +151,7 @@ impl SiteIndex {
     }
 
     fn text(&self, site: usize) -> Option<&str> {
-        let start = site
-            .checked_sub(1)
-            .map_or(Some(0), |before| self.ends.get(before).copied());
+        let start = site.checked_sub(1).map_or(Some(0), |before| self.ends.get(before).copied());
         self.texts.get(start?..*self.ends.get(site)?)
     }
 }
@@ -205,13 +182,8 @@ impl Parsed {
 
     /// Returns the error for a path that leads to no site.
     fn unknown(&self, path: &Path) -> FindError {
-        let sites = |node| {
-            self.at
-                .get(node)
-                .into_iter()
-                .flatten()
-                .map(|(_, site): &(usize, Path)| site)
-        };
+        let sites =
+            |node| self.at.get(node).into_iter().flatten().map(|(_, site): &(usize, Path)| site);
         let of_port = |node| {
             let same = |site: &&Path| site.port == path.port && site.grad == path.grad;
             let longer = |site: &&Path| !site.elements.is_empty() && same(site);
@@ -220,23 +192,14 @@ impl Parsed {
         let here = self.tree.find(
             path,
             |node| !of_port(node).is_empty(),
-            |path| FindError::Unknown {
-                path: path.boxed(),
-                nearest: Vec::new(),
-            },
+            |path| FindError::Unknown { path: path.boxed(), nearest: Vec::new() },
         );
         if let Ok(nodes) = here {
             let elements = nodes.into_iter().flat_map(of_port).map(ToString::to_string);
             let elements = elements.take(ELEMENTS_SHOWN).collect();
-            return FindError::Element {
-                path: path.boxed(),
-                elements,
-            };
+            return FindError::Element { path: path.boxed(), elements };
         }
-        FindError::Unknown {
-            path: path.boxed(),
-            nearest: nearest(&self.tree, path, sites),
-        }
+        FindError::Unknown { path: path.boxed(), nearest: nearest(&self.tree, path, sites) }
     }
 }
 
@@ -254,10 +217,7 @@ impl Call {
 
 /// Returns the position that a path has left when its port's element is a recorded one, or none
 /// where it does not name that element.
-#[expect(
-    clippy::option_option,
-    reason = "no match, or a match without a position"
-)]
+#[expect(clippy::option_option, reason = "no match, or a match without a position")]
 fn position(path: &Path, recorded: &[Element]) -> Option<Option<Selector>> {
     let rest = path.elements.strip_prefix(recorded)?;
     match (rest, &path.position) {

@@ -62,16 +62,9 @@ where
     candidates.sort_by_key(|(cost, node, _)| (*cost, *node));
     let limit = candidates.first().map_or(0, |(best, ..)| best + SLACK);
     let mut texts: Vec<String> = Vec::new();
-    for (_, node, site) in candidates
-        .into_iter()
-        .take_while(|(cost, ..)| *cost <= limit)
-    {
+    for (_, node, site) in candidates.into_iter().take_while(|(cost, ..)| *cost <= limit) {
         let steps = table.steps(node);
-        let steps = if tree.leads(&steps) {
-            steps
-        } else {
-            tree.steps(node)
-        };
+        let steps = if tree.leads(&steps) { steps } else { tree.steps(node) };
         let text = site.with_steps(steps).to_string();
         if text.len() <= MAX_TEXT && !texts.contains(&text) {
             texts.push(text);
@@ -93,11 +86,7 @@ struct Table<'tree> {
 impl<'tree> Table<'tree> {
     fn new(tree: &'tree Tree, wanted: &'tree [Step]) -> Self {
         let cells = Vec::with_capacity(tree.nodes().len() * (wanted.len() + 1));
-        let mut table = Self {
-            tree,
-            wanted,
-            cells,
-        };
+        let mut table = Self { tree, wanted, cells };
         for node in 0..tree.nodes().len() {
             for count in 0..=wanted.len() {
                 let ways = [
@@ -105,19 +94,14 @@ impl<'tree> Table<'tree> {
                     table.left_out(node, count),
                     table.replaced(node, count),
                 ];
-                table
-                    .cells
-                    .push(ways.into_iter().flatten().min().unwrap_or(0));
+                table.cells.push(ways.into_iter().flatten().min().unwrap_or(0));
             }
         }
         table
     }
 
     fn cost(&self, node: Id, count: usize) -> u32 {
-        self.cells
-            .get(node * (self.wanted.len() + 1) + count)
-            .copied()
-            .unwrap_or(u32::MAX / 2)
+        self.cells.get(node * (self.wanted.len() + 1) + count).copied().unwrap_or(u32::MAX / 2)
     }
 
     /// Returns the cost where the path's last step is one too many.
@@ -151,9 +135,8 @@ impl<'tree> Table<'tree> {
             if cost == self.replaced(node, count) {
                 count -= 1;
                 let wanted = self.wanted.get(count);
-                let same = wanted
-                    .zip(own)
-                    .is_some_and(|(wanted, own)| difference(wanted, own) == 0);
+                let same =
+                    wanted.zip(own).is_some_and(|(wanted, own)| difference(wanted, own) == 0);
                 steps.extend(if same { wanted } else { own }.cloned());
                 node = parent;
             } else if cost == self.left_out(node, count) {
@@ -172,11 +155,7 @@ impl<'tree> Table<'tree> {
 fn difference(wanted: &Step, own: &Step) -> u32 {
     match (wanted, own) {
         (Step::Select(Selector::Index(index @ 0..)), Step::Select(own)) => {
-            if *own == Selector::Index(*index) {
-                0
-            } else {
-                OTHER_NUMBER
-            }
+            if *own == Selector::Index(*index) { 0 } else { OTHER_NUMBER }
         }
         (Step::Select(_), Step::Select(_)) => 0,
         (Step::Name(wanted), Step::Name(own)) => name_difference(wanted, own),
@@ -213,9 +192,7 @@ fn edit_distance(one: &str, other: &str) -> u32 {
             let cell =
                 |row: &[u32], column: usize| row.get(column).copied().unwrap_or(u32::MAX / 2);
             let replaced = cell(&above, column) + u32::from(*letter != character);
-            let kept = replaced
-                .min(cell(&above, column + 1) + 1)
-                .min(cell(&row, column) + 1);
+            let kept = replaced.min(cell(&above, column + 1) + 1).min(cell(&row, column) + 1);
             let swap = column.checked_sub(1).filter(|previous| {
                 Some(*letter) == last && other.get(*previous) == Some(&character)
             });

@@ -44,14 +44,7 @@ impl<'text> Parser<'text> {
         if self.at < self.text.len() {
             return Err(self.expected(Expected::End));
         }
-        Ok(Path {
-            steps: steps.into(),
-            port,
-            call,
-            elements,
-            grad,
-            position,
-        })
+        Ok(Path { steps: steps.into(), port, call, elements, grad, position })
     }
 
     /// `"model"`
@@ -69,29 +62,17 @@ impl<'text> Parser<'text> {
     fn port_offset(&self) -> Option<usize> {
         let is_port = |dot: &usize| {
             let segment = self.text.get(dot + 1..).unwrap_or_default();
-            let rest = segment
-                .strip_prefix("output")
-                .or_else(|| segment.strip_prefix("input"));
+            let rest = segment.strip_prefix("output").or_else(|| segment.strip_prefix("input"));
             rest.is_some_and(|rest| rest.is_empty() || rest.starts_with(['.', '[', '@']))
         };
         let bytes = self.text.as_bytes().iter().enumerate().rev();
-        bytes
-            .filter(|(_, byte)| **byte == b'.')
-            .map(|(dot, _)| dot)
-            .find(is_port)
+        bytes.filter(|(_, byte)| **byte == b'.').map(|(dot, _)| dot).find(is_port)
     }
 
     /// Returns how many steps there are at most before the port, so that one allocation does.
     fn segments_before(&self, port_at: usize) -> usize {
-        let steps = self
-            .text
-            .as_bytes()
-            .get(self.at..port_at)
-            .unwrap_or_default();
-        steps
-            .iter()
-            .filter(|byte| matches!(byte, b'.' | b'['))
-            .count()
+        let steps = self.text.as_bytes().get(self.at..port_at).unwrap_or_default();
+        steps.iter().filter(|byte| matches!(byte, b'.' | b'[')).count()
     }
 
     /// `step = "." name / "." number / selector`
@@ -122,9 +103,7 @@ impl<'text> Parser<'text> {
         }
         let start = self.call_number()?;
         if !self.skip(b':') {
-            return start
-                .map(Call::One)
-                .ok_or_else(|| self.expected(Expected::Call));
+            return start.map(Call::One).ok_or_else(|| self.expected(Expected::Call));
         }
         let start = start.unwrap_or(0);
         let stop_at = self.at;
@@ -204,11 +183,7 @@ impl<'text> Parser<'text> {
             (_, start) => Selector::Slice(Box::new(self.slice(start)?)),
         };
         self.skip_space();
-        if self.skip(b']') {
-            Ok(selector)
-        } else {
-            Err(self.expected(Expected::Bracket))
-        }
+        if self.skip(b']') { Ok(selector) } else { Err(self.expected(Expected::Bracket)) }
     }
 
     /// `slice = [ index ] ":" [ index ] [ ":" [ index ] ]`, from the first colon on
@@ -247,14 +222,8 @@ impl<'text> Parser<'text> {
     /// `[ index ]`, with the white space around it
     fn optional_index(&mut self) -> Result<Option<i64>> {
         self.skip_space();
-        let written = self
-            .peek()
-            .is_some_and(|byte| byte == b'-' || byte.is_ascii_digit());
-        let index = if written {
-            Some(self.index(Expected::Index)?)
-        } else {
-            None
-        };
+        let written = self.peek().is_some_and(|byte| byte == b'-' || byte.is_ascii_digit());
+        let index = if written { Some(self.index(Expected::Index)?) } else { None };
         self.skip_space();
         Ok(index)
     }
@@ -281,9 +250,7 @@ impl<'text> Parser<'text> {
     /// Takes what stands before the next delimiter, perhaps nothing.
     fn word(&mut self) -> &'text str {
         let rest = self.rest();
-        let word = rest
-            .get(..rest.find(is_delimiter).unwrap_or(rest.len()))
-            .unwrap_or_default();
+        let word = rest.get(..rest.find(is_delimiter).unwrap_or(rest.len())).unwrap_or_default();
         self.at += word.len();
         word
     }
@@ -308,20 +275,11 @@ impl<'text> Parser<'text> {
     }
 
     fn expected(&self, expected: Expected) -> PathError {
-        let found = self
-            .rest()
-            .chars()
-            .next()
-            .map_or(Found::End, Found::Character);
+        let found = self.rest().chars().next().map_or(Found::End, Found::Character);
         self.error(self.at, expected, found)
     }
 
     fn error(&self, at: usize, expected: Expected, found: Found) -> PathError {
-        PathError::Syntax {
-            text: excerpt(self.text, at),
-            at,
-            expected,
-            found,
-        }
+        PathError::Syntax { text: excerpt(self.text, at), at, expected, found }
     }
 }

@@ -19,9 +19,7 @@ impl Display for Path {
         if self.grad {
             formatter.write_str(".grad")?;
         }
-        self.position
-            .as_ref()
-            .map_or(Ok(()), |position| position.fmt(formatter))
+        self.position.as_ref().map_or(Ok(()), |position| position.fmt(formatter))
     }
 }
 

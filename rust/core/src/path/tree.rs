@@ -43,15 +43,7 @@ impl Tree {
     pub(super) fn new() -> Self {
         let step = Step::Name("model".into());
         let children = BTreeMap::new();
-        Self {
-            nodes: vec![Node {
-                step,
-                parent: ROOT,
-                depth: 0,
-                children,
-                length: 0,
-            }],
-        }
+        Self { nodes: vec![Node { step, parent: ROOT, depth: 0, children, length: 0 }] }
     }
 
     pub(super) fn nodes(&self) -> &[Node] {
@@ -60,9 +52,7 @@ impl Tree {
 
     /// Returns the node at the end of concrete steps, made with those above it where it is new.
     pub(super) fn add(&mut self, steps: impl IntoIterator<Item = Step>) -> Id {
-        steps
-            .into_iter()
-            .fold(ROOT, |parent, step| self.child(parent, step))
+        steps.into_iter().fold(ROOT, |parent, step| self.child(parent, step))
     }
 
     fn child(&mut self, parent: Id, step: Step) -> Id {
@@ -78,22 +68,13 @@ impl Tree {
         }
         let depth = node.depth + 1;
         node.children.insert(step.clone(), next);
-        self.nodes.push(Node {
-            step,
-            parent,
-            depth,
-            children: BTreeMap::new(),
-            length: 0,
-        });
+        self.nodes.push(Node { step, parent, depth, children: BTreeMap::new(), length: 0 });
         next
     }
 
     /// Returns the node above another, none above the root.
     pub(super) fn parent(&self, node: Id) -> Option<Id> {
-        self.nodes
-            .get(node)
-            .filter(|_| node != ROOT)
-            .map(|node| node.parent)
+        self.nodes.get(node).filter(|_| node != ROOT).map(|node| node.parent)
     }
 
     /// Tells how many entries a container really has, where not all of them are in the tree.
@@ -105,9 +86,7 @@ impl Tree {
 
     /// Returns the node at the end of concrete steps.
     pub(super) fn node(&self, steps: &[Step]) -> Option<Id> {
-        self.walk(ROOT, steps)
-            .ok()
-            .and_then(|nodes| nodes.first().copied())
+        self.walk(ROOT, steps).ok().and_then(|nodes| nodes.first().copied())
     }
 
     /// Returns whether steps from the root stand for any node.
@@ -142,10 +121,8 @@ impl Tree {
         accept: impl Fn(Id) -> bool,
         unknown: impl Fn(&Path) -> FindError,
     ) -> Result<Vec<Id>, FindError> {
-        let child = self
-            .nodes
-            .first()
-            .and_then(|root| root.children.get(&Step::Name("model".into())));
+        let child =
+            self.nodes.first().and_then(|root| root.children.get(&Step::Name("model".into())));
         let mut furthest: Option<Miss> = None;
         for start in [Some(ROOT), child.copied()].into_iter().flatten() {
             let miss = match self.walk(start, &path.steps) {
@@ -157,17 +134,11 @@ impl Tree {
                             None => Ok(nodes),
                         };
                     }
-                    Miss {
-                        depth: path.steps.len(),
-                        nodes,
-                    }
+                    Miss { depth: path.steps.len(), nodes }
                 }
                 Err(miss) => miss,
             };
-            if furthest
-                .as_ref()
-                .is_none_or(|earlier| miss.depth > earlier.depth)
-            {
+            if furthest.as_ref().is_none_or(|earlier| miss.depth > earlier.depth) {
                 furthest = Some(miss);
             }
         }
@@ -205,10 +176,7 @@ impl Tree {
                 return None;
             }
         }
-        list.entries()
-            .iter()
-            .copied()
-            .find(|entry| missing.contains(entry))
+        list.entries().iter().copied().find(|entry| missing.contains(entry))
     }
 
     /// Returns the path with one entry in the place of a list, where that entry exists but has led
@@ -220,10 +188,7 @@ impl Tree {
                 continue;
             };
             let mut missing: BTreeSet<i64> = list.entries().iter().copied().collect();
-            for node in found
-                .iter()
-                .filter_map(|node| self.above(*node, base + depth + 1))
-            {
+            for node in found.iter().filter_map(|node| self.above(*node, base + depth + 1)) {
                 if let Some(index) = node.step.number() {
                     let from_end = i128::from(index) - i128::from(self.length(node.parent));
                     missing.remove(&index);
@@ -253,11 +218,7 @@ impl Tree {
         let Step::Select(selector) = path.steps.get(miss.depth)? else {
             return None;
         };
-        let id = miss
-            .nodes
-            .iter()
-            .copied()
-            .find(|node| self.length(*node) > 0)?;
+        let id = miss.nodes.iter().copied().find(|node| self.length(*node) > 0)?;
         let node = self.nodes.get(id)?;
         let container = excerpt(&module_text(&self.steps(id)), 0);
         let (path, length) = (path.boxed(), node.length);
@@ -266,22 +227,11 @@ impl Tree {
             Selector::List(list) => self.first_missing(list, &miss.nodes)?,
             Selector::Slice(slice) => {
                 let selector = slice.to_string().into();
-                return Some(FindError::Slice {
-                    path,
-                    container,
-                    selector,
-                    length,
-                });
+                return Some(FindError::Slice { path, container, selector, length });
             }
         };
         let children = node.numbers_near(index);
-        Some(FindError::Index {
-            path,
-            container,
-            index,
-            length,
-            children,
-        })
+        Some(FindError::Index { path, container, index, length, children })
     }
 }
 
@@ -292,10 +242,7 @@ impl Node {
             Step::Name(_) => next.extend(self.children.get(step)),
             Step::Select(Selector::Index(index)) => next.extend(self.numbered(*index)),
             Step::Select(Selector::List(list)) => {
-                let found = list
-                    .entries()
-                    .iter()
-                    .filter_map(|entry| self.numbered(*entry));
+                let found = list.entries().iter().filter_map(|entry| self.numbered(*entry));
                 next.extend(found.collect::<BTreeSet<_>>());
             }
             Step::Select(Selector::Slice(slice)) => {
@@ -307,11 +254,7 @@ impl Node {
                     let offset = step.number().and_then(|index| index.checked_sub(first));
                     offset.is_some_and(|offset| offset % slice.step == 0)
                 };
-                next.extend(
-                    numbered
-                        .filter(|(step, _)| hit(step))
-                        .map(|(_, child)| child),
-                );
+                next.extend(numbered.filter(|(step, _)| hit(step)).map(|(_, child)| child));
             }
         }
     }
@@ -319,11 +262,7 @@ impl Node {
     /// Returns the child with a number, counted from the end where that is negative.
     fn numbered(&self, index: i64) -> Option<Id> {
         let from_end = i128::from(index) + i128::from(self.length);
-        let index = if index < 0 {
-            i64::try_from(from_end).ok()?
-        } else {
-            index
-        };
+        let index = if index < 0 { i64::try_from(from_end).ok()? } else { index };
         self.children.get(&numbered(index)).copied()
     }
 
@@ -334,11 +273,7 @@ impl Node {
             return Vec::new();
         }
         let from_end = i128::from(index) + i128::from(self.length);
-        let wanted = if index < 0 {
-            from_end
-        } else {
-            i128::from(index)
-        };
+        let wanted = if index < 0 { from_end } else { i128::from(index) };
         numbers.sort_by_key(|number| (i128::from(*number) - wanted).abs());
         numbers.truncate(NUMBERS_SHOWN);
         numbers.sort_unstable();
@@ -367,10 +302,7 @@ impl Slice {
         let start = self.start.map_or(0, clamp);
         let last = self.stop.map_or(length, clamp) - 1;
         let last = i64::try_from(last.min(i128::from(i64::MAX))).ok()?;
-        i64::try_from(start)
-            .ok()
-            .filter(|start| *start <= last)
-            .map(|start| (start, last))
+        i64::try_from(start).ok().filter(|start| *start <= last).map(|start| (start, last))
     }
 }
 
@@ -380,7 +312,5 @@ fn numbered(index: i64) -> Step {
 
 /// Returns the text of a module, without a port.
 pub(super) fn module_text(steps: &[Step]) -> String {
-    steps
-        .iter()
-        .fold(String::from("model"), |text, step| text + &step.to_string())
+    steps.iter().fold(String::from("model"), |text, step| text + &step.to_string())
 }

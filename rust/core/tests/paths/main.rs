@@ -1,9 +1,6 @@
 //! Paths: what parses prints canonically, order is structural, patterns become sites.
 
-#![expect(
-    clippy::unwrap_used,
-    reason = "a test fails by panicking, its helpers too"
-)]
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking, its helpers too")]
 
 use lamina_core::path::{ModuleTree, Path};
 
@@ -25,13 +22,6 @@ fn llama() -> ModuleTree {
         ["", ".self_attn", ".self_attn.q_proj", ".mlp"]
             .map(|module| format!("model.layers.{layer}{module}"))
     });
-    let outer = [
-        "",
-        "model",
-        "model.embed_tokens",
-        "model.layers",
-        "model.norm",
-        "lm_head",
-    ];
+    let outer = ["", "model", "model.embed_tokens", "model.layers", "model.norm", "lm_head"];
     ModuleTree::new(outer.map(String::from).into_iter().chain(inner))
 }

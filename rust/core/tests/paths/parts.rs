@@ -21,19 +21,10 @@ fn long_texts_and_lists_are_refused() {
         "invalid path of 70013 bytes: at most 65536 are read"
     );
     let list = vec!["1"; 4097].join(",");
-    let error = format!("model.h[{list}].output")
-        .parse::<Path>()
-        .unwrap_err()
-        .to_string();
-    assert!(
-        error.ends_with("expected `]` after 4096 indices, the limit, found `1`"),
-        "{error}"
-    );
+    let error = format!("model.h[{list}].output").parse::<Path>().unwrap_err().to_string();
+    assert!(error.ends_with("expected `]` after 4096 indices, the limit, found `1`"), "{error}");
     assert!(error.len() < 300, "{error}");
-    assert_eq!(
-        List::new(vec![0; 5000]),
-        Err(PathError::LongList { entries: 5000 })
-    );
+    assert_eq!(List::new(vec![0; 5000]), Err(PathError::LongList { entries: 5000 }));
 }
 
 #[test]
@@ -42,10 +33,7 @@ fn deep_paths_cost_memory_and_no_stack() {
     let tree = ModuleTree::new([deep.trim_start_matches('.')]);
     let site = path(&format!("model{deep}.output"));
     assert_eq!(tree.expand(&site).unwrap(), [site]);
-    assert!(
-        tree.expand(&path(&format!("model{deep}.b.output")))
-            .is_err()
-    );
+    assert!(tree.expand(&path(&format!("model{deep}.b.output"))).is_err());
 }
 
 #[test]
@@ -82,10 +70,7 @@ fn order_is_structural() {
 #[test]
 fn splitting_follows_the_structure() {
     let both = path("model.attn.output[0][-1]");
-    assert_eq!(
-        both.split(1).unwrap(),
-        (path("model.attn.output[0]"), Some(Selector::Index(-1)))
-    );
+    assert_eq!(both.split(1).unwrap(), (path("model.attn.output[0]"), Some(Selector::Index(-1))));
     assert_eq!(path("model.attn.output[0]").split(1).unwrap().1, None);
     assert_eq!(
         both.split(0).unwrap_err().to_string(),
@@ -106,9 +91,7 @@ fn splitting_follows_the_structure() {
 
 #[test]
 fn a_site_takes_one_position() {
-    let at = path("model.output")
-        .at(Selector::List(List::new(vec![3]).unwrap()))
-        .unwrap();
+    let at = path("model.output").at(Selector::List(List::new(vec![3]).unwrap())).unwrap();
     assert_eq!(at.to_string(), "model.output[3,]");
     assert_eq!(path("model.output[3,]"), at);
     assert_eq!(
@@ -121,10 +104,7 @@ fn a_site_takes_one_position() {
 
 #[test]
 fn a_pattern_has_no_module() {
-    assert_eq!(
-        path("model.h[2].mlp.output@2[:]").module().unwrap(),
-        "h.2.mlp"
-    );
+    assert_eq!(path("model.h[2].mlp.output@2[:]").module().unwrap(), "h.2.mlp");
     assert_eq!(path("model.input").module().unwrap(), "");
     assert_eq!(
         path("model.h[-1].output").module().unwrap_err().to_string(),

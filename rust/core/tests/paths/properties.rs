@@ -40,10 +40,8 @@ fn selector() -> impl Strategy<Value = String> {
     let slice = (bound(), bound(), step, space())
         .prop_map(|(start, stop, step, space)| format!("{start}{space}:{space}{stop}{step}"));
     let list = (prop::collection::vec(index(), 1..5), space()).prop_map(|(entries, space)| {
-        let entries: Vec<_> = entries
-            .iter()
-            .map(|entry| format!("{space}{entry}{space}"))
-            .collect();
+        let entries: Vec<_> =
+            entries.iter().map(|entry| format!("{space}{entry}{space}")).collect();
         format!("{},", entries.join(","))
     });
     let inside =
@@ -82,11 +80,7 @@ fn valid() -> impl Strategy<Value = String> {
         prop_oneof![2 => Just(String::new()), 1 => selector()],
     )
         .prop_map(|(steps, port, call, elements, grad, position)| {
-            format!(
-                "model{}{port}{call}{}{grad}{position}",
-                steps.concat(),
-                elements.concat()
-            )
+            format!("model{}{port}{call}{}{grad}{position}", steps.concat(), elements.concat())
         })
 }
 

@@ -19,10 +19,8 @@ impl Extent {
     /// Returns the extent of a C-contiguous tensor, or none if no memory can have it.
     pub(super) fn new(shape: &[usize], dtype: Dtype) -> Option<Self> {
         let size = isize::try_from(dtype.size()).ok()?;
-        let sizes: Vec<i64> = shape
-            .iter()
-            .map(|n| i64::try_from(*n).ok())
-            .collect::<Option<_>>()?;
+        let sizes: Vec<i64> =
+            shape.iter().map(|n| i64::try_from(*n).ok()).collect::<Option<_>>()?;
         let mut strides = vec![1_i64; sizes.len()];
         let mut elements = 1_i64;
         for (stride, length) in strides.iter_mut().zip(&sizes).rev() {
@@ -30,14 +28,8 @@ impl Extent {
             elements = elements.checked_mul((*length).max(1))?;
         }
         isize::try_from(elements).ok()?.checked_mul(size)?;
-        let byte_strides = strides
-            .iter()
-            .map(|n| isize::try_from(*n).ok()?.checked_mul(size));
-        let bytes = if sizes.contains(&0) {
-            0
-        } else {
-            isize::try_from(elements).ok()? * size
-        };
+        let byte_strides = strides.iter().map(|n| isize::try_from(*n).ok()?.checked_mul(size));
+        let bytes = if sizes.contains(&0) { 0 } else { isize::try_from(elements).ok()? * size };
         Some(Self {
             byte_strides: byte_strides.collect::<Option<_>>()?,
             shape: sizes.into(),
@@ -54,9 +46,5 @@ impl Extent {
 
 /// Returns the address of `values`, which C does not write to; null where there are none.
 pub(super) fn address<T>(values: &[T]) -> *mut T {
-    if values.is_empty() {
-        ptr::null_mut()
-    } else {
-        values.as_ptr().cast_mut()
-    }
+    if values.is_empty() { ptr::null_mut() } else { values.as_ptr().cast_mut() }
 }

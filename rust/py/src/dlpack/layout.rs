@@ -68,11 +68,7 @@ impl Managed for Legacy {
     const NAME: &'static CStr = c"dltensor";
 
     fn new(tensor: DlTensor, _flags: u64) -> Self {
-        Self {
-            tensor,
-            context: ptr::null_mut(),
-            deleter: delete::<Self>,
-        }
+        Self { tensor, context: ptr::null_mut(), deleter: delete::<Self> }
     }
 }
 
@@ -81,13 +77,6 @@ impl Managed for Versioned {
 
     fn new(tensor: DlTensor, flags: u64) -> Self {
         let (major, minor) = VERSION;
-        Self {
-            major,
-            minor,
-            context: ptr::null_mut(),
-            deleter: delete::<Self>,
-            flags,
-            tensor,
-        }
+        Self { major, minor, context: ptr::null_mut(), deleter: delete::<Self>, flags, tensor }
     }
 }
