@@ -6,12 +6,11 @@ no gradients, no key-value cache, the random number generators where they were.
 
 from __future__ import annotations
 
-import inspect
 import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from lamina import tracing
+from lamina import ports, tracing
 from lamina.errors import InputError
 
 if TYPE_CHECKING:
@@ -63,7 +62,7 @@ def takes(module: torch.nn.Module, name: str, *, by_name: bool = False) -> bool:
         name: The argument's name.
         by_name: Whether only a parameter of that very name counts, not `**kwargs`.
     """
-    parameters = inspect.signature(type(module).forward).parameters
+    parameters = ports.forward_parameters(type(module).forward)
     return name in parameters or (
         not by_name and any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     )

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ __all__ = [
     "consumed",
     "describe",
     "first_tensor",
+    "forward_parameters",
     "listing",
     "outline",
     "parameter_names",
@@ -226,12 +228,17 @@ def with_argument(
 
 
 def parameter_names(module: torch.nn.Module) -> tuple[str, ...]:
-    """Return the names of a module's forward parameters, `self` left out.
+    """Return the names of a module's forward parameters, `self` left out."""
+    return tuple(forward_parameters(type(module).forward))[1:]
 
-    The class is asked: libraries that trace a model replace the instance's `forward`.
+
+@lru_cache(maxsize=1024)
+def forward_parameters(forward: Callable[..., object]) -> Mapping[str, inspect.Parameter]:
+    """Return the parameters of a forward by name, `self` first.
+
+    Ask with the class's: libraries that trace a model replace the instance's `forward`.
     """
-    names = list(inspect.signature(type(module).forward).parameters)
-    return tuple(names[1:])
+    return inspect.signature(forward).parameters
 
 
 def first_tensor(value: object) -> torch.Tensor | None:
