@@ -113,6 +113,15 @@ def albert(dtype: torch.dtype = torch.float32) -> Any:
     return _seeded(lambda: AlbertModel(config), dtype)
 
 
+def t5(dtype: torch.dtype = torch.float32) -> Any:
+    from transformers import T5Config, T5Model
+
+    config = T5Config(
+        vocab_size=VOCABULARY, d_model=WIDTH, d_kv=8, d_ff=48, num_layers=2, num_heads=4
+    )
+    return _seeded(lambda: T5Model(config), dtype)
+
+
 class Plain(nn.Module):
     """A model of nobody's library: learned absolute positions, no position_ids in its forward."""
 

@@ -19,6 +19,7 @@ from tests.models import (
     one_thread,
     plain,
     roberta,
+    t5,
 )
 from torch import nn
 
@@ -234,6 +235,8 @@ def test_a_model_must_take_ids_and_mask() -> None:
         resolve(nn.Linear(2, 2), "model.output")
     with pytest.raises(InputError, match=r"str is no model: expected a torch\.nn\.Module"):
         resolve("gpt2", "model.output")
+    with pytest.raises(InputError, match=r"pass the GPT2LMHeadModel itself \(model\._orig_mod\)"):
+        resolve(torch.compile(gpt2(), backend="eager"), "model.lm_head.output")
 
 
 class Wrapper(nn.Module):
@@ -280,6 +283,14 @@ def test_the_tiny_forwards_leave_no_trace(build: Any) -> None:
         assert not module._forward_hooks
         assert not module._forward_pre_hooks
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_an_encoder_with_a_decoder_says_what_can_be_captured() -> None:
+    model = t5()
+    with pytest.raises(ValueError, match="exactly one of") as caught:
+        resolve(model, "model.encoder.block[0].output[0]")
+    assert "its encoder can be captured by itself: model.get_encoder()" in caught.value.__notes__[1]
+    assert texts(model.get_encoder(), "model.block[0].output[0]") == ["model.block[0].output[0]"]
 
 
 def test_a_model_that_fails_on_the_tiny_forwards_fails_with_its_own_error() -> None:

@@ -43,6 +43,11 @@ def unwrap(model: object) -> torch.nn.Module:
     """
     import torch
 
+    if isinstance(original := getattr(model, "_orig_mod", None), torch.nn.Module):
+        raise InputError(
+            f"the model was compiled by torch.compile, which hides its modules; pass the "
+            f"{type(original).__name__} itself (model._orig_mod), or use model.compile()"
+        )
     if isinstance(model, torch.nn.Module):
         return model
     module = tracing.underlying(model)

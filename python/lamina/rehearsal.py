@@ -143,6 +143,11 @@ def _run(
                 f"in a tiny forward of {size[0]} prompts of {size[1]} tokens, which tells the "
                 f"order and the shapes of the sites"
             )
+            if getattr(getattr(module, "config", None), "is_encoder_decoder", False):
+                error.add_note(
+                    f"{type(module).__name__} is an encoder with a decoder; its encoder can be "
+                    f"captured by itself: model.get_encoder()"
+                )
             raise
     return run
 

@@ -73,9 +73,10 @@ def patched(model: object, saved: Saved | Mapping[str, torch.Tensor]) -> Iterato
         InputError: A tensor or, in a forward, the batch does not fit.
         PositionError: In a forward: a row is too short for a position.
 
-    Examples:
-        >>> with lm.patched(model, store.load("model.layers[3].output[-1]")):  # doctest: +SKIP
-        ...     logits = model(**batch).logits
+    For instance, what prompt 0 of a store left at a layer, in place of what this batch leaves::
+
+        with lm.patched(model, store.load("model.layers[3].output[-1]", prompts=[0])):
+            logits = model(**batch).logits
     """
     module = forward.unwrap(model)
     patches = _patches(model, dict(saved.items()))
