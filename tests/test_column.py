@@ -116,7 +116,7 @@ def test_lists_arrays_and_masks_copy(store, key):
 @pytest.mark.parametrize(
     ("key", "message"),
     [
-        (8, r"8 lies outside model\.layers\[1\]\.output, which has 8 entries"),
+        (8, r"8 lies outside model\.layers\[1\]\.output \(0 to 7\)"),
         ([0, -9, 12], r"-9 and 12 lie outside"),
     ],
 )

@@ -47,7 +47,7 @@ def test_iteration_over_many_prompts_goes_on_across_blocks(tmp_path):
 
 @pytest.mark.parametrize("index", [3, -4])
 def test_a_prompt_that_is_not_there_is_named(prompts, index):
-    with pytest.raises(lm.PositionError, match=f"{index} lies outside the prompts, which has 3"):
+    with pytest.raises(lm.PositionError, match=rf"{index} lies outside the prompts \(0 to 2\)"):
         prompts[index]
 
 

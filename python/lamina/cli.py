@@ -226,7 +226,7 @@ def _cat(options: argparse.Namespace) -> int:
     (index, position), prompt = found[0], store.prompts[options.prompt]
     rows = store.prompts.select(position, [prompt.index]).rows.reshape(-1)
     site, column = list(store.items())[index]
-    values = column.take(rows)
+    values = column.rows_as_floats(rows)
     if not rows.size:
         print(f"nothing of prompt {prompt.index} is stored there", file=sys.stderr)
     parts: list[dict[str, object]] = []

@@ -15,7 +15,7 @@ import numpy as np
 
 from lamina.dtypes import SIZES, WITHOUT_NUMPY
 from lamina.errors import DtypeError, InputError, PositionError
-from lamina.wording import bytes_text, counted, listed, shape_text
+from lamina.wording import bytes_text, listed, shape_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -122,7 +122,7 @@ class Column:
     def lengths(self) -> NDArray[np.int64]:
         """How many rows each prompt has here, `[prompts]`, int64: 1 at one position, k at k."""
         if self._selection is None:
-            return self._prompts.row_counts.copy()
+            return self._prompts.row_counts
         return self._selection.lengths.copy()
 
     @property
@@ -162,7 +162,7 @@ class Column:
         array = as_array(shared, self.dtype, None if dtype is None else np.dtype(dtype))
         return array.reshape(self.shape)
 
-    def take(self, rows: NDArray[np.int64]) -> NDArray[np.float64]:
+    def rows_as_floats(self, rows: NDArray[np.int64]) -> NDArray[np.float64]:
         """Return rows of the store as float64, without torch where that can be: a copy."""
         tensor = self._gather(rows)
         shape = (*rows.shape, *self._feature)
@@ -337,8 +337,8 @@ def as_indices(key: object, length: int, what: str) -> NDArray[np.int64]:
     if outside.any():
         raise PositionError(
             f"{listed(entries[outside].reshape(-1), most=5)} "
-            f"{'lies' if outside.sum() == 1 else 'lie'} outside {what}, "
-            f"which has {counted(length, 'entry', 'entries')}"
+            f"{'lies' if outside.sum() == 1 else 'lie'} outside {what} "
+            + (f"(0 to {length - 1})" if length else "(there are none)")
         )
     entries = entries.astype(np.int64)
     return np.where(entries < 0, entries + length, entries)
