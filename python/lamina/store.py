@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lamina import _core
@@ -82,7 +82,6 @@ class Store:
     def _adopt(self, core: _core.Store) -> None:
         about: dict[str, dict[str, Any]] = json.loads(core.about)
         self._core = core
-        self._facts = core.sites
         self._recorded = about.get("recorded", {})
         self._options = about.get("options", {})
         self._lengths: dict[str, int] = about.get("containers", {})
@@ -92,6 +91,11 @@ class Store:
         self._tree: Values | None = None
         self._tokens: NDArray[np.int64] | None = None
         self._positions: NDArray[np.int64] | None = None
+
+    @cached_property
+    def _facts(self) -> list[tuple[str, str, tuple[int, ...]]]:
+        # Not needed to read one column, and slow with thousands of sites.
+        return self._core.sites
 
     # ── What it is ───────────────────────────────────────────────────────────────────────────────
 
@@ -356,6 +360,9 @@ class Store:
             PathError: The text is no path.
             SiteNotFoundError: It names nothing here; the message lists the nearest sites.
         """
+        exact = self._core.site_index(target) if isinstance(target, str) else None
+        if exact is not None:
+            return [(exact, None)], False
         if self._index is None:
             self._index = _core.SiteIndex(list(self.sites), self._lengths)
         path = _core.Path(target) if isinstance(target, str) else target
@@ -367,14 +374,14 @@ class Store:
         return [found for target in several for found in self.find(target)[0]]
 
     def _text(self, index: int, position: Position) -> str:
-        return str(_core.Path(self._facts[index][0]).at(position))
+        return str(_core.Path(self._core.site_at(index)[0]).at(position))
 
     def _column(self, index: int, position: Position) -> Column:
         if position == slice(None):
             position = None  # all of it, as a view
         from lamina.column import Column
 
-        facts = self._facts[index]
+        facts = self._core.site_at(index)
         path = facts[0] if position is None else self._text(index, position)
         return Column(self._core, self.prompts, index, facts, path, position)
 

@@ -122,6 +122,10 @@ impl FromStr for Dtype {
 
     /// Reads a torch name (with or without `torch.`), a short or a safetensors name.
     fn from_str(text: &str) -> Result<Self, Error> {
+        // A manifest has one of these per site.
+        if let Some(facts) = TABLE.iter().find(|facts| facts.safetensors == text) {
+            return Ok(facts.dtype);
+        }
         let bare = text.strip_prefix("torch.").unwrap_or(text);
         TABLE
             .iter()

@@ -14,6 +14,9 @@ use crate::layout::{Plan, SiteSpec, Size};
 /// 10^3 sites need a tenth of it.
 pub const MAX_BYTES: u64 = 1 << 30;
 
+/// The major version of the format.
+const MAJOR: u64 = 1;
+
 /// A shard as the manifest names it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Entry {
@@ -82,7 +85,7 @@ pub fn version_of(file: &str) -> Option<u64> {
 const MAX_DEPTH: usize = 64;
 
 #[derive(Serialize, Deserialize)]
-struct Body {
+struct Body<'a> {
     lamina: u64,
     store: String,
     version: u64,
@@ -91,14 +94,16 @@ struct Body {
     windows: u64,
     identity: Box<RawValue>,
     about: Box<RawValue>,
-    groups: Vec<GroupBody>,
+    #[serde(borrow)]
+    groups: Vec<GroupBody<'a>>,
 }
 
 #[derive(Serialize, Deserialize)]
-struct GroupBody {
+struct GroupBody<'a> {
     rows_per_shard: u64,
     texts: bool,
-    sites: Vec<(String, String, Vec<u64>)>,
+    #[serde(borrow)]
+    sites: Vec<(String, &'a str, Vec<u64>)>,
     shards: Vec<Entry>,
 }
 
@@ -149,12 +154,10 @@ impl Manifest {
             .plan
             .sites()
             .iter()
-            .map(|site| {
-                (site.path.clone(), site.dtype.safetensors().to_owned(), site.shape.clone())
-            })
+            .map(|site| (site.path.clone(), site.dtype.safetensors(), site.shape.clone()))
             .collect();
         let body = Body {
-            lamina: 1,
+            lamina: MAJOR,
             store: self.store.clone(),
             version: self.version,
             created: self.created,
@@ -188,8 +191,11 @@ impl Manifest {
         if check != expected.as_bytes() {
             return Err(format!("its checksum is not {expected}, that of its text"));
         }
-        let body: Body =
+        let body: Body<'_> =
             serde_json::from_slice(body).map_err(|error| format!("its text is wrong: {error}"))?;
+        if body.lamina != MAJOR {
+            return Err(format!("it is of format {}, not {MAJOR}", body.lamina));
+        }
         if body.version != version {
             return Err(format!("it says that it is version {}", body.version));
         }
@@ -198,7 +204,7 @@ impl Manifest {
                 return Err(format!("it nests deeper than {MAX_DEPTH} levels"));
             }
         }
-        let [group]: [GroupBody; 1] = body
+        let [group]: [GroupBody<'_>; 1] = body
             .groups
             .try_into()
             .map_err(|groups: Vec<_>| format!("it has {} groups, not one", groups.len()))?;
@@ -268,6 +274,9 @@ fn check_shards(plan: &Plan, shards: &[Entry]) -> Result<(), String> {
                 "shard {} has {} rows, {} head",
                 shard.name, shard.rows, shard.head
             ));
+        }
+        if shard.head > 0 && prompts == 0 {
+            return Err(format!("shard {} begins inside no prompt", shard.name));
         }
         short |= shard.rows < limit;
         if short {
@@ -370,6 +379,8 @@ mod tests {
             ("[4]", "[4,4611686018427387904,4]"),
             (r#""F32""#, r#""F33""#),
             (r#""head":0"#, r#""head":9"#),
+            (r#""head":0"#, r#""head":1"#),
+            (r#""lamina":1"#, r#""lamina":2"#),
         ] {
             let changed = resealed(|body| {
                 assert!(body.contains(from), "{from} in {body}");
