@@ -275,4 +275,7 @@ def _runs(numbers: list[int]) -> str:
             runs[-1][1] = number
         else:
             runs.append([number, number])
-    return listed(str(a) if a == b else f"{a} to {b}" for a, b in runs)
+    texts: list[object] = []
+    for first, last in runs:
+        texts += [f"{first} to {last}"] if last > first + 1 else range(first, last + 1)
+    return listed(texts)

@@ -31,7 +31,7 @@ __all__ = ["Spool", "Summary", "digest_prompts", "write_spool"]
 
 IDS, LENGTHS, TEXTS, TEXT_LENGTHS = "ids.u32", "lengths.u64", "texts.utf8", "text_lengths.u64"
 FINISHED = "finished.json"
-READ_BYTES = 1 << 22
+READ_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
