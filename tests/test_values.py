@@ -31,6 +31,13 @@ def test_a_port_also_answers_as_its_whole_column(store):
     assert torch.equal(port.tensor, store[SITES[2]].tensor)
 
 
+def test_iteration_goes_over_what_is_there(store):
+    assert [node.output.path for node in store.values.layers] == SITES  # 3 to 9 are not stored
+    assert torch.equal(torch.stack(list(store.values.layers[2].output)), store[SITES[2]].tensor)
+    assert len(store.values.layers[2].output) == 8
+    assert store.values
+
+
 def test_names_complete_in_notebooks(store):
     assert dir(store.values) == ["layers"]
     assert store.values.layers._ipython_key_completions_() == [0, 1, 2, 10]

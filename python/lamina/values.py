@@ -8,13 +8,13 @@ are elements of it where elements were recorded, and a position otherwise.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lamina.errors import SiteNotFoundError
 from lamina.wording import listed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
     from lamina import _core
     from lamina.column import Position
@@ -24,7 +24,7 @@ __all__ = ["Leaf", "Values", "grow", "steps_of"]
 Step: TypeAlias = int | str
 """One step down the tree: an index, or a name."""
 
-Leaf: TypeAlias = "Callable[[Position], object]"
+Leaf: TypeAlias = "Callable[[Position], Any]"
 """Gives what is kept of a site at a position; None is the whole of it."""
 
 
@@ -51,7 +51,7 @@ class Values:
         self._children: dict[Step, Values] = {}
         self._leaf: Leaf | None = None
 
-    def __getattr__(self, name: str) -> object:
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401  a node, or what is kept there
         if name in Values.__slots__ or (name.startswith("__") and name.endswith("__")):
             raise AttributeError(name)  # what Python itself looks for is never a site
         if name in self._children:
@@ -60,7 +60,7 @@ class Values:
             return getattr(self._leaf(None), name)
         raise AttributeError(f"nothing is kept at {self._path}.{name}; {self._have()}")
 
-    def __getitem__(self, key: Step | Position | tuple[int, ...]) -> object:
+    def __getitem__(self, key: Step | Position | tuple[int, ...]) -> Any:  # noqa: ANN401
         if isinstance(key, tuple):
             key = list(key)
         if isinstance(key, int | str) and key in self._children:
@@ -73,8 +73,19 @@ class Values:
     def __dir__(self) -> list[str]:
         return [step for step in self._children if isinstance(step, str) and step.isidentifier()]
 
+    def __iter__(self) -> Iterator[Any]:
+        """Go over the children; where there are none, over the rows of what is kept."""
+        if self._leaf is not None and not self._children:
+            return iter(self._leaf(None))
+        return iter([_found(node) for node in self._children.values()])
+
     def __len__(self) -> int:
-        return len(self._children)
+        return (
+            len(self._children) if self._children or self._leaf is None else len(self._leaf(None))
+        )
+
+    def __bool__(self) -> bool:
+        return True
 
     def __repr__(self) -> str:
         return f"<Values {self._path}: {self._have().removeprefix('there is ')}>"
@@ -89,7 +100,7 @@ class Values:
         return f"there is {listed(shown)}" if shown else "nothing is there"
 
 
-def _found(node: Values) -> object:
+def _found(node: Values) -> Any:  # noqa: ANN401
     """Return a node, or the value itself where nothing but the whole of it is kept."""
     whole = getattr(node._leaf, "only", None)
     return node if whole is None or node._children else whole
