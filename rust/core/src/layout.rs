@@ -7,7 +7,7 @@ use crate::checksum::{BLOCK_BYTES, block_rows};
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::side::Side;
-use crate::tier::Tier;
+use crate::tier::{MAX_REGION_ALIGNMENT, Tier};
 
 /// The most rows a shard has.
 pub const MAX_ROWS: u64 = 1 << 20;
@@ -221,7 +221,15 @@ impl Plan {
         }
         let mut plan = Self { sites, row_bytes, rows_per_shard, texts, header_bytes: 0 };
         plan.header_bytes = crate::header::reserved_bytes(&plan)?;
-        plan.layout(&Size { rows: rows_per_shard, ..Size::default() })?;
+        // What a full shard's regions take at most, so that `layout` can only fail for its prompts.
+        plan.row_bytes
+            .iter()
+            .try_fold(plan.header_bytes, |sum, &bytes| {
+                let region = bytes.checked_mul(rows_per_shard)?;
+                sum.checked_add(region)?.checked_add(MAX_REGION_ALIGNMENT)
+            })
+            .filter(|&bytes| bytes < 1 << 62)
+            .ok_or_else(|| too_large("a full shard"))?;
         Ok(plan)
     }
 

@@ -3,7 +3,7 @@
 use crate::layout::{HUGE_PAGE, PAGE};
 
 /// Regions of a full shard start at multiples of at most this.
-const MAX_REGION_ALIGNMENT: u64 = 64 << 10;
+pub(crate) const MAX_REGION_ALIGNMENT: u64 = 64 << 10;
 
 /// How a site's column can be mapped: what its region in a full shard is a multiple of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,0 +1,16 @@
+//! Kills and power cuts: after each the store is at the version before or after the commit that
+//! was under way, whole, and what is resumed ends with the shards of an uninterrupted run.
+
+#![expect(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    reason = "a test fails by panicking, its helpers too"
+)]
+
+mod cut;
+mod power;
+mod record;
+mod run;
+mod stop;
+#[path = "../support/mod.rs"]
+mod support;
