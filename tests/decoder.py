@@ -11,6 +11,7 @@ import json
 import math
 import re
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -81,10 +82,12 @@ def undump(text: str) -> bytes:
     return bytes(data)
 
 
+@cache
 def element_sizes() -> dict[str, int]:
     return {row["name on disk"]: int(row["bytes"]) for row in table("Element types")}
 
 
+@cache
 def side_tensors() -> list[dict[str, str]]:
     return table("Side tensors")
 
@@ -258,11 +261,12 @@ def read_shard(group: dict[str, Any], entry: dict[str, Any], data: bytes) -> dic
     expected = header_text(tensors, start, entry["head"])
     require(data[8:start] == expected.ljust(length), "the header")
     found = {tensor.name: data[tensor.offset :][: tensor.nbytes] for tensor in tensors}
-    tables = next(tensor.offset for tensor in tensors if tensor.name == "#crc32c")
+    names = [tensor.name for tensor in tensors]
+    checked = tensors[: names.index("#crc32c")]
+    tables = tensors[len(checked)].offset
     require(digest(data[:start] + data[tables:]) == entry["name"], "the name")
     crcs = np.frombuffer(found["#crc32c"], "<u4").tolist()
     hashes = np.frombuffer(found["#xxh3"], "<u8").reshape(-1, 2).tolist()
-    checked = [tensor for tensor in tensors if tensor.offset < tables]
     for tensor, recorded in zip(checked, hashes, strict=True):
         bytes_of = found[tensor.name]
         require(list(xxh3(bytes_of)) == recorded, f"XXH3 of {tensor.name}")

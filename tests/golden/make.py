@@ -90,7 +90,7 @@ class Feeder:
 
 
 def text(prompt: int) -> str:
-    """Return the text of a prompt: every third is empty, every other has more bytes than letters."""
+    """Return a prompt's text: every third is empty, every other has more bytes than letters."""
     return "" if prompt % 3 == 2 else f"prompt {prompt}" + " Größe ✓" * (prompt % 2)
 
 
