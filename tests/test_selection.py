@@ -51,9 +51,8 @@ def test_a_column_holds_the_rows_that_loops_find(lengths, stored, asked):
     if not lengths:
         return
     owners = np.repeat(np.arange(len(lengths)), counts)
-    row_of = {
-        place: row for row, place in enumerate(zip(owners.tolist(), flat.tolist(), strict=True))
-    }
+    places = list(zip(owners.tolist(), flat.tolist(), strict=True))
+    row_of = {place: row for row, place in enumerate(places)}
     expected = [
         [row_of.get((prompt, at)) for at in wanted_of(asked, length)]
         for prompt, length in enumerate(lengths)

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import Buffer, CapsuleType, Self
 
+_Memory: TypeAlias = Buffer | NDArray[np.generic]  # arrays are buffers before 3.12 too
 _Selector: TypeAlias = int | slice | list[int]
 _Site: TypeAlias = tuple[str, str, tuple[int, ...]]
 
@@ -146,14 +147,14 @@ class Writer:
     def set_about(self, about: str) -> None: ...
     def append(
         self,
-        columns: Sequence[Buffer],
+        columns: Sequence[_Memory],
         *,
-        tokens: Buffer,
-        positions: Buffer,
-        flags: Buffer,
-        prompt_rows: Buffer,
-        prompt_lengths: Buffer,
-        prompt_ids: Buffer,
+        tokens: _Memory,
+        positions: _Memory,
+        flags: _Memory,
+        prompt_rows: _Memory,
+        prompt_lengths: _Memory,
+        prompt_ids: _Memory,
         texts: Sequence[str] | None = None,
         overflow: Sequence[tuple[int, int, int]] = ...,
     ) -> bool: ...
@@ -222,8 +223,8 @@ class Store:
     def gather(
         self,
         sites: Sequence[int],
-        rows: Buffer,
-        out: Sequence[Buffer] | None = None,
+        rows: _Memory,
+        out: Sequence[_Memory] | None = None,
         *,
         verify: bool = False,
     ) -> list[Tensor]: ...
@@ -232,8 +233,8 @@ class Store:
     def prompt_table(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]: ...
     def prompt_ids(self, prompt: int) -> Tensor: ...
     def prompt_text(self, prompt: int) -> str | None: ...
-    def locate(self, prompts: Buffer, positions: Buffer) -> Tensor: ...
-    def prompts_of(self, rows: Buffer) -> Tensor: ...
+    def locate(self, prompts: _Memory, positions: _Memory) -> Tensor: ...
+    def prompts_of(self, rows: _Memory) -> Tensor: ...
     def verify(
         self, threads: int = 0, progress: Callable[[int, int], object] | None = None
     ) -> list[Damage]: ...
@@ -244,4 +245,4 @@ def rows_per_shard(sites: Sequence[_Site], shard_bytes: int) -> int: ...
 def row_bytes(sites: Sequence[_Site]) -> int: ...
 def dtype_size(dtype: str) -> int: ...
 def dtype_name(dtype: str) -> str: ...
-def hash_bytes(buffers: Sequence[Buffer]) -> str: ...
+def hash_bytes(buffers: Sequence[_Memory]) -> str: ...

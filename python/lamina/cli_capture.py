@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -137,12 +138,12 @@ def load_model(
     Raises:
         InputError: It cannot be loaded; the message gives the reason.
     """
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # read when transformers is imported
     try:
         from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
-        from transformers.utils import logging
     except ImportError:
         raise InputError("`lamina capture` needs transformers: pip install transformers") from None
-    logging.disable_progress_bar()
     path = Path(name)
     where: dict[str, Any] = {} if revision is None else {"revision": revision}
     if path.suffix == ".gguf":
