@@ -3,19 +3,19 @@
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path as FilePath
-from typing import Final, TypeAlias, final
+from typing import Final, Self, TypeAlias, final
 
 import numpy as np
 from numpy.typing import NDArray
-from typing_extensions import Buffer, CapsuleType, Self
+from typing_extensions import Buffer, CapsuleType
 
 _Memory: TypeAlias = Buffer | NDArray[np.generic]  # arrays are buffers before 3.12 too
 _Selector: TypeAlias = int | slice | list[int]
 _Site: TypeAlias = tuple[str, str, tuple[int, ...]]
 
 __all__ = [
-    "Damage",
     "FORMAT",
+    "Damage",
     "ModuleTree",
     "Path",
     "SiteIndex",
