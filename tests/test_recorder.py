@@ -12,7 +12,7 @@ import torch
 from tests.models import LAYERS, bert, bloom, gpt2, llama, mixtral, one_thread, plain
 from tests.recording import prompts_of, record, same_bits, wanted
 
-from lamina.errors import PromptError, SiteError
+from lamina.errors import InputError, PromptError, SiteError
 from lamina.positions import make_batch
 from lamina.recorder import Recorder
 from lamina.sites import resolve
@@ -322,6 +322,32 @@ def test_a_part_of_an_nnsight_model_is_a_model() -> None:
     expected = record(gpt2(), [BLOCKS, "model.transformer.h[1].input"], prompts_of([3]))
     for (_, rows), (_, others) in zip(recorded.items(), expected.items(), strict=True):
         assert same_bits(rows, others)
+
+
+def test_a_model_is_not_recorded_inside_one_of_its_own_traces() -> None:
+    model = traced()
+    resolved = resolve(model, BLOCKS)
+    ids = torch.tensor([[1, 2]])
+    refused = pytest.raises(InputError, match="inside one of its own traces")
+    with refused, model.trace(input_ids=ids, attention_mask=torch.ones_like(ids)):
+        record(model, resolved, prompts_of([3]))
+    assert len(record(model, resolved, prompts_of([3]))) == LAYERS
+
+
+def test_a_session_of_nnsight_may_hold_a_recording() -> None:
+    model = traced()
+    expected = record(model, BLOCKS, prompts_of([3]))
+    found: list[Any] = []
+    with model.session():
+        found.append(record(model, BLOCKS, prompts_of([3])))
+    assert all(same_bits(rows, expected[name]) for name, rows in found[0].items())
+
+
+def test_modules_that_nnsight_does_not_know_are_named() -> None:
+    model = traced(plain)
+    model._module.pair.inner = torch.nn.Linear(32, 32)
+    with pytest.raises(SiteError, match=r"does not know the module 'pair\.inner'"):
+        record(model, "model.pair.inner.input", prompts_of([3]))
 
 
 def test_encoders_in_nnsight_whose_modules_are_called_output() -> None:

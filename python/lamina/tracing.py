@@ -13,6 +13,8 @@ import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from lamina.errors import InputError, SiteError
+
 if TYPE_CHECKING:
     import torch
 
@@ -67,6 +69,10 @@ def traced_forward(model: Model, arguments: dict[str, Any], observe: dict[str, O
     Returns:
         What the model returned; None where something was observed.
     """
+    if model.interleaver.interleaving and _in_trace():
+        raise InputError(
+            "a model cannot be run inside one of its own traces; leave the trace first"
+        )
     with _lock(model._module):
         if not observe:
             return model.trace(trace=False, **arguments)
@@ -82,9 +88,14 @@ class _Watcher:
     def __init__(self, model: Model, observe: dict[str, Observer]) -> None:
         paths = {id(envoy._module): envoy.path for envoy in model.modules()}
         modules = dict(model._module.named_modules())
-        self._observers = {
-            f"{paths[id(modules[name])]}.input": observer for name, observer in observe.items()
-        }
+        self._observers = {}
+        for name, observer in observe.items():
+            if id(modules[name]) not in paths:
+                raise SiteError(
+                    f"nnsight does not know the module {name!r}, which was put into the model "
+                    f"after it was wrapped; wrap the model again"
+                )
+            self._observers[f"{paths[id(modules[name])]}.input"] = observer
 
     def subscriptions(self) -> dict[str, str]:
         """Return the locations to be handed over, as nnsight names them."""
@@ -107,6 +118,13 @@ def _watch(watcher: _Watcher) -> None:
     from nnsight.intervention.interleaver import Mediator
 
     Mediator.current("the model's inputs").caches.append(watcher)
+
+
+def _in_trace() -> bool:
+    """Return whether this code runs inside the body of a trace."""
+    from greenlet import getcurrent
+
+    return getattr(getcurrent(), "mediator", None) is not None
 
 
 def _lock(module: torch.nn.Module) -> threading.RLock:
