@@ -99,6 +99,11 @@ def message(
             "prompt 0 is a dict that has 'words' and 'label'; expected 'input_ids' or 'text' (of a "
             "dataset, give the column: dataset['name'])",
         ),
+        ({"b", "a"}, "prompts is a set, which has no order; give a list"),
+        (
+            [{"input_ids": [[1, 2], [3, 4]], "attention_mask": [[1, 1], [1, 1]]}],
+            "prompt 0 has shape [2, 2]: it is a batch, not one prompt",
+        ),
         (
             Path("texts.txt"),
             "prompts is a PosixPath; give a list of texts or of token id lists, a datasets column, "

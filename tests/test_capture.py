@@ -166,6 +166,7 @@ def test_texts_are_kept_where_every_prompt_has_one(a_llama: Any, tmp_path: Path)
 
 def forms(ids: list[list[int]]) -> Iterator[tuple[str, Any]]:
     from datasets import Dataset
+    from transformers import BatchEncoding
 
     padded, mask = torch.zeros(3, 6, dtype=torch.int64), torch.zeros(3, 6, dtype=torch.int64)
     for row, own in enumerate(ids):
@@ -180,6 +181,14 @@ def forms(ids: list[list[int]]) -> Iterator[tuple[str, Any]]:
         [{"input_ids": [0, *own, 0], "attention_mask": [0, *[1] * len(own), 0]} for own in ids],
     )
     yield "a padded batch with its mask", {"input_ids": padded, "attention_mask": mask}
+    yield "a batch encoding", BatchEncoding({"input_ids": padded, "attention_mask": mask})
+    yield (
+        "batches of one",
+        [
+            {"input_ids": torch.tensor([own]), "attention_mask": torch.ones(1, len(own))}
+            for own in ids
+        ],
+    )
     yield "a ragged batch", {"input_ids": ids}
     yield "a generator", (own for own in ids)
     yield "a datasets column", dataset["input_ids"]

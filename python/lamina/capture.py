@@ -186,6 +186,9 @@ def capture(
         writer = _core.Writer(directory)
         try:
             return _write(request, writer, shown, commit_seconds)
+        except KeyboardInterrupt as error:
+            shown.say("\n".join(["interrupted", *getattr(error, "__notes__", [])]))
+            raise
         finally:
             shown.clear()
             writer.close()
@@ -215,6 +218,13 @@ def _check_prompts(request: Request, found: Found, summary: Summary) -> None:
     fields = differing(found.identity, request.full_identity(summary))
     if fields:
         raise refusal(request.directory, fields, _hints(fields, request.directory))
+
+
+def _check_texts(request: Request, found: Found, summary: Summary) -> None:
+    """Refuse to go on without texts where the store has them, or with texts where it has none."""
+    kept = found.recorded.get("texts_kept"), summary.text_bytes is not None
+    if kept[0] != kept[1]:
+        raise refusal(request.directory, {"texts": kept})
 
 
 def _hints(fields: dict[str, tuple[Any, Any]], directory: str) -> list[str]:
@@ -275,9 +285,7 @@ def _write(
         limits.check(spool.summary.prompts)
         if found is not None:
             _check_prompts(request, found, spool.summary)
-            kept = found.recorded.get("texts_kept"), spool.summary.text_bytes is not None
-            if kept[0] != kept[1]:
-                raise refusal(request.directory, {"texts": kept})
+            _check_texts(request, found, spool.summary)
         if request.options.short == "error":
             check_positions(spool, request.positions)
         work = _work(request, spool)

@@ -40,13 +40,18 @@ HASH_BYTES = 1 << 26
 USER_PREFIX = "identity."
 """Fields named by the caller are kept apart from ours."""
 
+NAMED = 16
+"""How many differing fields a message shows; the error itself carries all."""
+
 _RECORDED_ONLY = frozenset(
     {
         "_attn_implementation_autoset",
         "_commit_hash",
+        "_model_name_or_path",
         "_name_or_path",
         "architectures",
         "dtype",
+        "gguf_file",
         "id2label",
         "label2id",
         "output_attentions",
@@ -199,14 +204,17 @@ def differing(stored: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, 
 def refusal(
     directory: str, fields: dict[str, tuple[Any, Any]], hints: Sequence[str] = ()
 ) -> IdentityError:
-    """Return the error for a store that holds something else; every field has both its values."""
+    """Return the error for a store that holds something else: the fields with both their values."""
     lines = [f"{directory} holds another capture; {counted(len(fields), 'field')} differ:"]
     if len(fields) == 1:
         lines[0] = f"{directory} holds another capture; this field differs:"
+    shown = list(fields.items())[:NAMED]
     lines += [
         f"  {name}: the store has {_shown(stored)}, this capture {_shown(given)}"
-        for name, (stored, given) in fields.items()
+        for name, (stored, given) in shown
     ]
+    if len(fields) > len(shown):
+        lines.append(f"  and {len(fields) - len(shown)} more")
     lines += list(hints)
     lines.append(f"Choose another directory, or remove this store: rm -r {shlex.quote(directory)}")
     return IdentityError("\n".join(lines), fields)

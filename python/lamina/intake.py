@@ -61,6 +61,10 @@ def _several(prompts: object) -> Iterator[object]:
         return _array(prompts)
     if isinstance(prompts, Mapping):
         return _batch(prompts)
+    if type(prompts).__name__ == "DataFrame":
+        raise PromptError("prompts is a DataFrame; give one column of it")
+    if isinstance(prompts, set | frozenset):
+        raise PromptError("prompts is a set, which has no order; give a list")
     if isinstance(prompts, bytes | bytearray) or not isinstance(prompts, Iterable):
         raise PromptError(
             f"prompts is {_kind(prompts)}; give a list of texts or of token id lists, "
@@ -173,6 +177,10 @@ def _masked(value: object, mask: object, name: str) -> Ids:
         raise PromptError(
             f"{name}: attention_mask has shape {shape_text(real.shape)} and "
             f"input_ids {shape_text(given.shape)}"
+        )
+    if given.ndim != 1:
+        raise PromptError(
+            f"{name} has shape {shape_text(given.shape)}: it is a batch, not one prompt"
         )
     places = np.flatnonzero(real)
     if len(places) and int(places[-1]) - int(places[0]) + 1 != len(places):

@@ -206,7 +206,7 @@ def placed_on(module: torch.nn.Module, device: torch.device | str | None) -> Ite
 
     home = forward.input_device(module)
     goal = home if device is None else torch.device(device)
-    if goal.type == "cuda" and goal.index is None:
+    if str(goal) == "cuda":
         goal = torch.device("cuda", torch.cuda.current_device())
     if str(goal) == str(home):
         yield home

@@ -172,7 +172,8 @@ def check_positions(lengths: Lengths, positions: Positions) -> None:
 
     if isinstance(positions.value, slice):
         return  # a slice gives what there is
-    count, first = 0, []
+    count = 0
+    first: list[str] = []
     for start in range(0, len(lengths), PROMPTS_AT_A_TIME):
         sizes = np.asarray(lengths[start : start + PROMPTS_AT_A_TIME], dtype=np.int64)
         counts, _ = select(sizes, positions, "drop")
