@@ -3,7 +3,7 @@
 //! Size, header and checksum tables are checked against the name before anything else is read;
 //! after that every block read here is checked against its CRC32C.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use crate::checksum;
 use crate::disk::{Disk, DiskFile, FileId, Folder};
@@ -58,6 +58,8 @@ pub struct Shard {
     layout: Layout,
     crcs: Vec<u8>,
     xxh3s: Vec<u8>,
+    /// For naming damage only.
+    prompt_starts: OnceLock<Option<Vec<u64>>>,
 }
 
 impl Shard {
@@ -67,8 +69,11 @@ impl Shard {
     ///
     /// [`Error::Missing`], [`Error::Damaged`], [`Error::Io`].
     pub fn open(disk: &dyn Disk, plan: &Arc<Plan>, entry: &Entry, start: Start) -> Result<Self> {
-        let layout = plan.layout(&entry.size())?;
         let place = |site: &str| Box::new(place(entry, start, site, (0, entry.rows)));
+        let layout = plan.layout(&entry.size()).map_err(|error| Error::Damaged {
+            place: place("whole file"),
+            found: format!("no file can be as the manifest says: {error}"),
+        })?;
         let file = match disk.open(Folder::Shards, &entry.file_name()) {
             Err(error) if error.is_not_found() => {
                 return Err(Error::Missing { place: place("whole file"), version: 0 });
@@ -105,6 +110,7 @@ impl Shard {
             layout,
             crcs,
             xxh3s,
+            prompt_starts: OnceLock::new(),
         })
     }
 
@@ -278,7 +284,30 @@ impl Shard {
         };
         let first = block * region.block_bytes / row_bytes;
         let last = ((block + 1) * region.block_bytes).div_ceil(row_bytes).min(self.entry.rows);
-        place(&self.entry, self.start, &name, (first, last))
+        let mut found = place(&self.entry, self.start, &name, (first, last));
+        if (first, last) != (0, self.entry.rows)
+            && let Some(starts) = self.prompt_starts()
+        {
+            let before = starts.partition_point(|&start| start <= first) as u64;
+            let upto = starts.partition_point(|&start| start < last) as u64;
+            found.prompts =
+                ((self.start.prompt + before).saturating_sub(1), self.start.prompt + upto);
+        }
+        found
+    }
+
+    /// Returns the row of this shard at which each prompt starts, where the table can be read.
+    fn prompt_starts(&self) -> Option<&[u64]> {
+        let starts = self.prompt_starts.get_or_init(|| {
+            let mut start = self.entry.head;
+            let mut starts = self.side_u64(Side::PromptRows).ok()?;
+            for rows in &mut starts {
+                let next = start.checked_add(*rows)?;
+                *rows = std::mem::replace(&mut start, next);
+            }
+            Some(starts)
+        });
+        starts.as_deref()
     }
 
     /// Returns a region's tensor name.

@@ -94,8 +94,10 @@ fn verify(
         if view.starts.get(shard).is_some_and(|start| start.row >= rows && entry.rows > 0) {
             continue;
         }
-        let layout = plan.layout(&entry.size())?;
         tasks.push(Task { shard, region: None });
+        let Ok(layout) = plan.layout(&entry.size()) else {
+            continue; // the task above reports it
+        };
         for (region, found) in layout.checked().enumerate() {
             total += found.bytes;
             tasks.push(Task { shard, region: Some(region) });
