@@ -12,6 +12,7 @@ export CARGO_BUILD_JOBS ?= 2
 export PYO3_PYTHON := $(abspath $(BIN)/python)
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM ?= false
+export TQDM_DISABLE ?= 1
 
 RUST_SOURCES := $(shell find rust -name '*.rs' -o -name Cargo.toml) Cargo.toml $(wildcard Cargo.lock)
 ifeq ($(wildcard python/lamina/_core*.so),)
