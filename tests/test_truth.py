@@ -1,5 +1,6 @@
 """What is recorded is what the model computed: bit for bit what a plain forward gives."""
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -124,23 +125,62 @@ def test_a_model_of_no_library_is_recorded_too() -> None:
     assert all(torch.allclose(rows, alone[name], atol=1e-6) for name, rows in recorded.items())
 
 
-def test_smollm2_rows_equal_a_plain_forward(smollm2: tuple[Any, Any]) -> None:
+TEXTS = [
+    "The Colosseum is in the city of",
+    "def mean(values):\n    return sum(values) / len(values)",
+    "Water boils at 100 degrees. It freezes at zero degrees, unless it is under pressure.",
+    "Yes",
+    "E = mc²",
+    "Als Gregor Samsa eines Morgens aus unruhigen Träumen erwachte",
+    "to be, or not to be",
+    "1, 1, 2, 3, 5, 8, 13, 21,",
+]
+SMOLLM2_SITES = [
+    "model.layers[0,15,29].output",
+    "model.layers[29].self_attn.output[0]",
+    "model.layers[15].mlp.input",
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+def test_smollm2_rows_equal_a_plain_forward_bit_for_bit(
+    smollm2: tuple[Any, Any], dtype: torch.dtype, tmp_path: Path
+) -> None:
     model, tokenizer = smollm2
-    texts = [
-        "The Colosseum is in the city of",
-        "def mean(values):\n    return sum(values) / len(values)",
-        "Water boils at 100 degrees. It freezes at zero degrees, unless it is under pressure.",
-        "Yes",
-    ]
-    prompts = [np.array(tokenizer(text)["input_ids"]) for text in texts]
-    resolved = resolve(model, ["model.layers[:].output", "model.layers[29].self_attn.output[0]"])
-    assert len(resolved.sites) == 31
-    batched = record(model, resolved, prompts)
-    expected = truth(model, resolved, prompts)
-    assert all(same_bits(rows, expected[name]) for name, rows in batched.items())
+    model = model if dtype == torch.float32 else copy.deepcopy(model).to(dtype)
+    resolved = resolve(model, SMOLLM2_SITES)
+    for padding in ("right", "left", "none"):
+        prompts = [np.array(tokenizer(text)["input_ids"]) for text in TEXTS]
+        if padding == "none":
+            prompts = [np.resize(prompt, 5) for prompt in prompts]
+        for batch_size in (1, 8):
+            options = {"padding": padding, "batch_size": batch_size}
+            recorded = record(model, resolved, prompts, **options)
+            expected = truth(model, resolved, prompts, **options)
+            for name, rows in recorded.items():
+                assert same_bits(rows, expected[name]), (name, padding, batch_size)
+    spy = Spy(model)
+    store = lm.capture(
+        model,
+        TEXTS,
+        SMOLLM2_SITES,
+        to=tmp_path / "acts",
+        tokenizer=tokenizer,
+        batch_size=8,
+        progress=False,
+    )
+    prompts = [store.prompts[number].ids.tolist() for number in range(len(TEXTS))]
+    for name, stored, expected in stored_and_expected(model, store, prompts, spy.stop()):
+        assert same_bits(stored, expected), name
+
+
+def test_smollm2_batched_equals_each_prompt_alone(smollm2: tuple[Any, Any]) -> None:
+    model, tokenizer = smollm2
+    prompts = [np.array(tokenizer(text)["input_ids"]) for text in TEXTS]
+    resolved = resolve(model, "model.layers[:].output")
     alone = record(model, resolved, prompts, batch_size=1)
-    for padding, rows_of in (("right", batched), ("left", None)):
-        for name, rows in (rows_of or record(model, resolved, prompts, padding=padding)).items():
+    for padding in ("right", "left"):
+        for name, rows in record(model, resolved, prompts, padding=padding).items():
             apart = (rows - alone[name]).norm(dim=-1) / alone[name].norm(dim=-1)
             assert float(apart.max()) <= 1e-5, (name, padding)
 

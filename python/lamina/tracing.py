@@ -122,9 +122,13 @@ def _watch(watcher: _Watcher) -> None:
 
 def _in_trace() -> bool:
     """Return whether this code runs inside the body of a trace."""
-    from greenlet import getcurrent
+    from nnsight.intervention.interleaver import Mediator
 
-    return getattr(getcurrent(), "mediator", None) is not None
+    try:
+        Mediator.current("the trace")
+    except ValueError:  # nnsight's way to say that no trace is running here
+        return False
+    return True
 
 
 def _lock(module: torch.nn.Module) -> threading.RLock:
