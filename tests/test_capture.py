@@ -409,6 +409,12 @@ def test_a_terminal_sees_the_size_first_then_rate_and_eta(
     assert silent.getvalue() == ""
 
 
+def test_a_notebook_is_shown_progress_too() -> None:
+    stream = type("OutStream", (io.StringIO,), {"__module__": "ipykernel.iostream"})()
+    Progress(stream=stream).say("3 sites")
+    assert stream.getvalue() == "3 sites\n"
+
+
 def test_the_eta_follows_the_rate_of_the_last_half_minute() -> None:
     now = [0.0]
     terminal = Terminal()

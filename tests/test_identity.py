@@ -287,10 +287,15 @@ def test_what_makes_a_model_opaque() -> None:
     ]
 
     class Packed(torch.nn.Parameter):
-        pass
+        @classmethod
+        def __torch_function__(cls, function: Any, *rest: Any) -> Any:
+            if function in (torch.Tensor.data_ptr, torch.Tensor.contiguous):
+                raise RuntimeError("has no storage of its own")
+            return super().__torch_function__(function, *rest)
 
     strange = llama()
     strange.lm_head.weight = Packed(strange.lm_head.weight.data)
+    assert weights_digest(strange) != weights_digest(llama())
     assert opaque_reasons(strange, strange) == ["quantisation state outside the tensors (Packed)"]
     handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
     try:

@@ -33,6 +33,11 @@ def wide(rows: Any) -> torch.Tensor:
     return torch.as_tensor(rows, dtype=torch.float32)[:, None].repeat(1, 2)
 
 
+def hand_over(ring: Ring[Any], arena: Arena) -> None:
+    ring.submit(arena, None)
+    ring.drain()
+
+
 def test_rows_take_their_places_whatever_order_they_come_in() -> None:
     sink = Sink()
     generator = np.random.default_rng(0)
@@ -124,9 +129,10 @@ def test_an_error_of_the_writer_is_raised_in_the_capturing_thread() -> None:
     with Ring([8], sink) as ring:
         arena = ring.open(1)
         ring.put(arena, 0, wide([1]), np.arange(1))
-        ring.submit(arena, 0)
         with pytest.raises(OSError, match="No space left"):
-            ring.drain()
+            hand_over(ring, arena)
+        with pytest.raises(OSError, match="No space left"):
+            ring.open(1)
 
 
 def test_an_error_wakes_a_model_that_waits_for_room() -> None:
@@ -144,9 +150,8 @@ def test_an_error_while_placing_rows_is_raised_in_the_capturing_thread() -> None
     with Ring([8], Sink()) as ring:
         arena = ring.open(2)
         ring.put(arena, 0, wide([1]), np.array([7]))  # no such row
-        ring.submit(arena, 0)
         with pytest.raises(IndexError):
-            ring.drain()
+            hand_over(ring, arena)
 
 
 def test_leaving_ends_the_threads_with_work_undone() -> None:
@@ -186,6 +191,15 @@ def test_a_cast_to_eight_bits_counts_what_these_cannot_hold() -> None:
     assert counts is not None
     assert counts.tolist() == [0, 1, 1]
     assert stored.dtype == torch.float8_e4m3fn
+
+
+@pytest.mark.parametrize("source", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("goal", [torch.float16, torch.float8_e4m3fn, torch.float8_e5m2])
+def test_overflow_is_seen_from_every_wider_dtype(source: torch.dtype, goal: torch.dtype) -> None:
+    stored, counts = cast(torch.tensor([[1.0, 1e5], [2.0, 3.0]], dtype=source), goal)
+    assert counts is not None
+    assert counts.tolist() == [1, 0]
+    assert stored.dtype == goal
 
 
 @pytest.mark.parametrize(

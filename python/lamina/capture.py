@@ -154,6 +154,8 @@ def capture(
     shown = Progress(show=progress)
     module = forward.unwrap(model)
     with placed_on(module, device) as placed:
+        # First: rotary embeddings that depend on the length keep what the last forward left, and
+        # the tiny forwards leave what a new model has, so that its buffers are hashed alike.
         resolved = resolve(model, sites)
         where = same_positions(resolved.position, positions)
         encoder = encoder_of(model, tokenizer)

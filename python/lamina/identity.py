@@ -96,13 +96,15 @@ def weights_digest(module: torch.nn.Module) -> str:
     known: dict[tuple[Any, ...], list[str]] = {}
     entries = []
     for name, tensor in sorted(_tensors(module), key=lambda pair: pair[0]):
-        key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
         if tensor.device.type == "meta":
             digests = ["meta"]
-        elif key in known and tensor.data_ptr():
-            digests = known[key]
+        elif not _is_plain(tensor):
+            digests = [type(tensor).__name__]  # the identity is opaque, see `opaque_reasons`
         else:
-            digests = known[key] = [hash_bytes([part]) for part in _parts(tensor)]
+            key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+            if key not in known or not tensor.data_ptr():
+                known[key] = [hash_bytes([part]) for part in _parts(tensor)]
+            digests = known[key]
         entries.append([name, str(tensor.dtype), list(tensor.shape), digests])
     return _text_digest(json.dumps(entries))
 
@@ -251,26 +253,18 @@ def _parts(tensor: torch.Tensor) -> Iterator[Any]:
     """Yield a tensor's bytes in row-major order, a bounded part at a time, on the CPU."""
     import torch
 
-    if not _is_dense(tensor):
-        yield repr(tensor).encode()
-        return
     flat = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
     step = HASH_BYTES // max(flat.element_size(), 1)
     for start in range(0, flat.numel(), step):
         yield flat[start : start + step].cpu().view(torch.uint8).numpy()
 
 
-def _is_dense(tensor: torch.Tensor) -> bool:
-    import torch
-
-    return tensor.layout == torch.strided and not tensor.is_quantized
-
-
 def _is_plain(tensor: torch.Tensor) -> bool:
     import torch
 
     plain = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
-    return type(tensor) in plain and _is_dense(tensor)
+    dense = type(tensor) in plain and tensor.layout == torch.strided
+    return dense and not tensor.is_quantized
 
 
 def _foreign(module: torch.nn.Module) -> str | None:

@@ -1,7 +1,8 @@
 """What a person sees while a capture runs: the size first, then a line with rates and an ETA.
 
-Written to a terminal only; where standard error goes elsewhere nothing is printed. What a person
-should know about their data in any case (prompts cut, values that overflowed) is logged instead.
+Written to a terminal or a notebook only; where standard error goes elsewhere nothing is printed.
+What a person should know about their data in any case (prompts cut, values that overflowed) is
+logged instead.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Progress:
     ) -> None:
         self._stream = sys.stderr if stream is None else stream
         self._clock = clock
-        self._active = show and bool(getattr(self._stream, "isatty", lambda: False)())
+        self._active = show and _is_seen(self._stream)
         self._drawn = 0.0
         self._width = 0
         self._total = self._total_bytes = 0
@@ -127,6 +128,12 @@ class Progress:
             self._stream.write("\r" + " " * self._width + "\r")
             self._stream.flush()
             self._width = 0
+
+
+def _is_seen(stream: TextIO) -> bool:
+    """Return whether a person sees the stream as it grows: a terminal, or a notebook's output."""
+    in_notebook = type(stream).__module__.partition(".")[0] == "ipykernel"
+    return in_notebook or bool(getattr(stream, "isatty", lambda: False)())
 
 
 def count_text(count: float) -> str:

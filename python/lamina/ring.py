@@ -350,7 +350,7 @@ def cast(values: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.
     if torch.finfo(values.dtype).max <= most or not values.numel():
         return stored, None
     if values.device.type == "cpu":
-        least, largest = (float(bound) for bound in torch.aminmax(values.float()))
+        least, largest = (float(bound) for bound in torch.aminmax(values))
         if -most <= least and largest <= most:
             return stored, None
     rounds_to_most = most + step * 2.0 ** math.floor(math.log2(most)) / 2
