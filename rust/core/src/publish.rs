@@ -51,9 +51,14 @@ pub(crate) fn read_version(disk: &dyn Disk, version: u64) -> Result<Manifest> {
     })
 }
 
-/// Refuses a store whose format is newer than ours.
-pub(crate) fn check_format(disk: &dyn Disk) -> Result<()> {
-    let file = disk.open(Folder::Root, FORMAT_FILE)?;
+/// Refuses a store whose format is newer than ours. Returns `false` if no format is there yet: a
+/// crash before version 1 may leave `FORMAT` out, or half there.
+pub(crate) fn check_format(disk: &dyn Disk) -> Result<bool> {
+    let unready = || Ok::<_, Error>(versions(disk)?.is_empty());
+    let file = match disk.open(Folder::Root, FORMAT_FILE) {
+        Err(error) if error.is_not_found() && unready()? => return Ok(false),
+        other => other?,
+    };
     let mut text = vec![0; crate::shard::length(file.id()?.bytes.min(64))];
     file.read_at(0, &mut text)?;
     let text = String::from_utf8_lossy(&text).into_owned();
@@ -63,10 +68,10 @@ pub(crate) fn check_format(disk: &dyn Disk) -> Result<()> {
         minor.parse::<u32>().ok()?;
         major.parse::<u32>().ok()
     });
-    if major == Some(1) {
-        Ok(())
-    } else {
-        Err(Error::Newer { path: disk.root().to_owned(), found })
+    match major {
+        Some(1) => Ok(true),
+        None if unready()? => Ok(false),
+        _ => Err(Error::Newer { path: disk.root().to_owned(), found }),
     }
 }
 
@@ -75,7 +80,10 @@ pub(crate) fn check_format(disk: &dyn Disk) -> Result<()> {
 pub(crate) fn refuse_foreign(disk: &dyn Disk) -> Result<Vec<String>> {
     let mut names = disk.list(Folder::Root)?;
     names.sort_unstable();
-    if names.iter().any(|name| name == FORMAT_FILE) && !versions(disk)?.is_empty() {
+    if names.iter().any(|name| name == FORMAT_FILE)
+        && check_format(disk)?
+        && !versions(disk)?.is_empty()
+    {
         return Ok(names);
     }
     let ours = [FORMAT_FILE, LOCK, OWNER, "manifests", "shards", "spool"];
@@ -126,7 +134,11 @@ pub(crate) fn publish_shard(
     let entry = sealed.entry(counts);
     check_turn(disk, lock, version)?;
     let name = entry.file_name();
-    let exists = disk.list(Folder::Shards)?.contains(&name);
+    let exists = match disk.open(Folder::Shards, &name) {
+        Ok(_) => true,
+        Err(error) if error.is_not_found() => false,
+        Err(error) => return Err(error),
+    };
     if exists && is_intact(disk, plan, &entry)? {
         disk.open(Folder::Shards, &name)?.sync()?;
         disk.remove(Folder::Shards, sealed.part)?;
