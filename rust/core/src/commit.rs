@@ -84,14 +84,9 @@ impl Writer {
         new: NewStore,
         pace: Pace,
     ) -> Result<Self> {
-        let names = publish::refuse_foreign(&*disk)?;
+        publish::refuse_foreign(&*disk)?;
         if !publish::versions(&*disk)?.is_empty() {
             return Err(Error::Exists { path: disk.root().to_owned() });
-        }
-        if names.iter().any(|name| name == publish::FORMAT_FILE)
-            && disk.open(Folder::Root, publish::FORMAT_FILE)?.id()?.bytes > 0
-        {
-            publish::check_format(&*disk)?;
         }
         let rows = rows_per_shard(&new.sites, new.shard_bytes)?;
         let plan = Plan::new(new.sites, rows, new.texts)?;
@@ -136,10 +131,11 @@ impl Writer {
         };
         publish::check_format(&*disk)?;
         let manifest = publish::read_version(&*disk, newest)?;
-        let previous = versions.get(1).and_then(|&version| {
+        let previous = match versions.get(1).map(|&version| publish::read_version(&*disk, version)) {
             // The version before may be damaged; then only the newest is kept.
-            publish::read_version(&*disk, version).ok()
-        });
+            None | Some(Err(Error::Manifest { .. })) => None,
+            Some(read) => Some(read?),
+        };
         let rows = manifest.totals().0;
         if pace.rows_total.is_some_and(|total| total < rows) {
             return Err(Error::Mismatch {

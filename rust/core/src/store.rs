@@ -166,17 +166,13 @@ impl Store {
 
     fn open_on(disk: Arc<dyn Disk>, version: Option<u64>, owner: Option<String>) -> Result<Self> {
         let path = || disk.root().to_owned();
-        match publish::check_format(&*disk) {
-            Ok(()) => {}
-            Err(error) if error.is_not_found() => {
-                let names = publish::refuse_foreign(&*disk)?;
-                return Err(if names.is_empty() {
-                    Error::NotFound { path: path() }
-                } else {
-                    Error::NotReady { path: path(), owner }
-                });
-            }
-            Err(error) => return Err(error),
+        if !publish::check_format(&*disk)? {
+            let names = publish::refuse_foreign(&*disk)?;
+            return Err(if names.is_empty() {
+                Error::NotFound { path: path() }
+            } else {
+                Error::NotReady { path: path(), owner }
+            });
         }
         let manifest = match version {
             None => match newest(&*disk)? {
