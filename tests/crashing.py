@@ -33,6 +33,7 @@ OPTIONS: dict[str, Any] = {
     "batch_size": 1, "window_bytes": 5000, "shard_bytes": 1 << 14, "commit_seconds": 0.0
 }  # fmt: skip
 MOST_ATTEMPTS = 400
+INTERRUPTED, EARLY = 130, 131  # how a child ends after Ctrl-C: in the windows, or before them
 
 POINTS: dict[str, tuple[str, str, str]] = {
     # Where the child kills itself: the module, its function, and before or after the call.
@@ -74,20 +75,28 @@ def set_trap(point: str, count: int) -> None:
     setattr(owner, name, trap)
 
 
-def attempt(directory: Path, prepare: Callable[[], None], seconds: float | None) -> int:
-    """Capture in a child, killed after some time if asked; return its wait status."""
+def attempt(
+    directory: Path,
+    prepare: Callable[[], None],
+    seconds: float | None,
+    number: signal.Signals = signal.SIGKILL,
+) -> int:
+    """Capture in a child, sent a signal after some time if asked; return its wait status."""
     child = os.fork()
     if child == 0:
         try:
             prepare()
             lm.capture(MODEL, PROMPTS, SITES, to=directory, **OPTIONS)
             os._exit(0)
+        except KeyboardInterrupt as error:
+            notes = getattr(error, "__notes__", [])
+            os._exit(INTERRUPTED if any("goes on from there" in n for n in notes) else EARLY)
         except BaseException:
             traceback.print_exc()
             os._exit(1)
     if seconds is not None:
         time.sleep(seconds)
-        os.kill(child, signal.SIGKILL)
+        os.kill(child, number)
     return os.waitpid(child, 0)[1]
 
 
@@ -118,20 +127,23 @@ def main(directory: Path, seed: int, plan: str) -> dict[str, Any]:
     expected = named_shards(directory / "whole")
     killed = attempts = 0
     problems: list[str] = []
-    versions = []
+    versions: list[int] = []
+    interrupted: list[bool] = []
 
-    def one(to: Path, prepare: Callable[[], None], seconds: float | None) -> bool:
+    def one(to: Path, prepare: Callable[[], None], seconds: float | None, **how: Any) -> bool:
         nonlocal killed, attempts
         attempts += 1
-        status = attempt(to, prepare, seconds)
-        killed += os.WIFSIGNALED(status)
-        if os.WIFEXITED(status) and os.WEXITSTATUS(status):
-            problems.append(f"attempt {attempts} exited with {os.WEXITSTATUS(status)}")
+        status = attempt(to, prepare, seconds, **how)
+        code = os.WEXITSTATUS(status) if os.WIFEXITED(status) else 0
+        killed += os.WIFSIGNALED(status) or code in (INTERRUPTED, EARLY)
+        interrupted.append(code == INTERRUPTED)
+        if code not in (0, INTERRUPTED, EARLY):
+            problems.append(f"attempt {attempts} exited with {code}")
         if problem := check(to, whole):
             problems.append(problem)
         if _core.probe(str(to)) == "store":
             versions.append(lm.open(to).version)
-        return os.WIFEXITED(status)
+        return os.WIFEXITED(status) and code == 0
 
     def compare(to: Path) -> None:
         if named_shards(to) != expected:
@@ -149,6 +161,14 @@ def main(directory: Path, seed: int, plan: str) -> dict[str, Any]:
                 if one(to, lambda: None, generator.uniform(0, duration)) or problems:
                     break
             compare(to)
+    elif plan == "ctrl-c":
+        OPTIONS["commit_seconds"] = 1e9  # what is committed then is what the interrupt committed
+        to = directory / "interrupted"
+        for _ in range(MOST_ATTEMPTS):
+            seconds = generator.uniform(0, 2 * duration)
+            if one(to, lambda: None, seconds, number=signal.SIGINT) or problems:
+                break
+        compare(to)
     else:
         point, _, count = plan.partition(":")
         to = directory / plan.replace(":", "-")
@@ -158,7 +178,8 @@ def main(directory: Path, seed: int, plan: str) -> dict[str, Any]:
             one(to, lambda: None, None)
         compare(to)
     return {
-        "attempts": attempts, "killed": killed, "problems": problems, "versions": versions
+        "attempts": attempts, "killed": killed, "problems": problems, "versions": versions,
+        "interrupted": sum(interrupted),
     }  # fmt: skip
 
 

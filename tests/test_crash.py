@@ -29,6 +29,12 @@ def test_killed_at_random_moments_it_ends_with_the_same_files(tmp_path: Path) ->
     assert len(set(report["versions"])) > 5, report
 
 
+def test_ctrl_c_at_random_moments_loses_nothing_that_is_whole(tmp_path: Path) -> None:
+    report = run(tmp_path, "ctrl-c", seed=1)["ctrl-c"]
+    assert report["problems"] == []
+    assert report["interrupted"] >= 1, report
+
+
 @pytest.mark.parametrize(
     "points",
     [

@@ -1,5 +1,6 @@
 """The ring behind the model: order, bounds, back-pressure, and errors of its threads."""
 
+import contextlib
 import threading
 import time
 from typing import Any
@@ -159,6 +160,65 @@ def test_leaving_ends_the_threads_with_work_undone() -> None:
     with Ring([8], Sink()) as ring:
         ring.put(ring.open(1), 0, wide([1]), np.arange(1))
     assert threading.active_count() == before
+
+
+class OnDevice(torch.Tensor):
+    """A tensor that says it is on a GPU, to go the way of those that are."""
+
+    device = property(lambda _: torch.device("cuda", 0))  # type: ignore[assignment]
+    recorded: list[Any] = []  # noqa: RUF012
+
+    def record_stream(self, stream: Any) -> None:  # type: ignore[override]
+        self.recorded.append(stream)
+
+
+class Stream:
+    """Counts what is asked of a CUDA stream; its events say so when they are waited for."""
+
+    def __init__(self, _: object) -> None:
+        self.asked: list[str] = []
+
+    def wait_stream(self, _: object) -> None:
+        self.asked.append("wait")
+
+    def record_event(self) -> "Stream":
+        self.asked.append("event")
+        return self
+
+    def synchronize(self) -> None:
+        self.asked.append("synchronize")
+
+
+def test_the_way_of_a_gpu_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pinned slots, their second use, the counts behind the rows: `test_cuda` runs the real one."""
+    made: list[int] = []
+    empty = torch.empty
+
+    def pinned(size: int, *, dtype: torch.dtype, pin_memory: bool) -> torch.Tensor:
+        assert pin_memory
+        made.append(size)
+        return empty(size, dtype=dtype)
+
+    monkeypatch.setattr(torch, "empty", pinned)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+    sink = Sink()
+    with Ring([6], sink, slots=1) as ring:
+        arena = ring.open(9)
+        for goal in (np.array([2, 0, 1]), np.array([4, 3]), np.array([5, 8, 6, 7])):
+            values = torch.as_tensor(goal).to(torch.float16)[:, None].repeat(1, 3)
+            counts = torch.as_tensor(goal % 2).to(torch.int32)
+            ring.put(arena, 0, values.as_subclass(OnDevice), goal, counts.as_subclass(OnDevice))
+        ring.submit(arena, None)
+        ring.drain()
+        (stream,) = ring._streams.values()
+    (_, (column,), overflow) = sink.windows[0]
+    assert column.view(np.float16).reshape(9, 3)[:, 0].tolist() == list(range(9))
+    assert overflow == [(0, row, 1) for row in (1, 3, 5, 7)]
+    assert made == [24 + 12, 24 + 16]  # grown once, used again for the smaller batch
+    assert stream.asked == ["wait", "event", "synchronize"] * 3
+    assert len(OnDevice.recorded) == 6
 
 
 def test_overflow_is_counted_by_site_and_row_of_the_window() -> None:
