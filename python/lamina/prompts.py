@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, overload
 
 import numpy as np
 
 from lamina.column import as_indices
-from lamina.errors import InputError, PositionError
+from lamina.errors import CorruptError, InputError, PositionError
 from lamina.wording import counted, listed
 
 if TYPE_CHECKING:
@@ -226,7 +226,7 @@ class Prompts(Sequence[Prompt]):
 
     def _run(self, numbers: NDArray[np.int64], wanted: slice) -> Selection:
         """Return the stored rows whose positions lie in a slice of each prompt's tokens."""
-        starts, counts, lengths = (table[numbers] for table in self._tables())
+        starts, counts, lengths = self._tables_of(numbers)
         before = np.cumsum(counts) - counts
         owner = np.repeat(np.arange(numbers.size), counts)  # which of `numbers` each row is of
         rows = np.arange(int(counts.sum()), dtype=np.int64) + (starts - before)[owner]
@@ -248,7 +248,7 @@ class Prompts(Sequence[Prompt]):
 
     def _locate(self, numbers: NDArray[np.int64], wanted: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the row of each prompt's token, -1 where there is none."""
-        absolute = np.where(wanted < 0, self._tables()[2][numbers] + wanted, wanted)
+        absolute = np.where(wanted < 0, self._tables_of(numbers)[2] + wanted, wanted)
         rows = np.full(numbers.shape, -1, dtype=np.int64)
         inside = absolute >= 0
         found = self._core.locate(
@@ -260,7 +260,7 @@ class Prompts(Sequence[Prompt]):
     def _refuse(
         self, numbers: NDArray[np.int64], wanted: NDArray[np.int64], rows: NDArray[np.int64]
     ) -> None:
-        lengths = self._tables()[2][numbers]
+        lengths = self._tables_of(numbers)[2]
         wanted = np.broadcast_to(wanted, rows.shape)
         missing = rows < 0
         short = missing & ((wanted >= lengths) | (wanted < -lengths))
@@ -288,7 +288,12 @@ class Prompts(Sequence[Prompt]):
     def _positions_of(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the positions that rows hold in their prompts; the table is read once."""
         if self._positions is None:
-            self._positions = np.asarray(self._core.row_table(0, self._core.rows)[1])
+            try:
+                self._positions = np.asarray(self._core.row_table(0, self._core.rows)[1])
+            except CorruptError:
+                each = {at: self._core.row_table(at, at + 1)[1] for at in np.unique(rows).tolist()}
+                found = [np.asarray(each[at]).item() for at in rows.reshape(-1).tolist()]
+                return np.array(found, dtype=np.int64).reshape(rows.shape)
         return self._positions[rows].astype(np.int64)
 
     def _read(self, start: int, stop: int) -> list[Prompt]:
@@ -306,12 +311,27 @@ class Prompts(Sequence[Prompt]):
             self._table = _effective(self._core.prompt_table(0, len(self)))
         return self._table
 
+    def _tables_of(
+        self, numbers: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Return the same of some prompts; damage elsewhere does not stand in their way."""
+        try:
+            starts, counts, lengths = self._tables()
+        except CorruptError:
+            if numbers.size == 0:
+                raise
+            each = {at: self._core.prompt_table(at, at + 1) for at in np.unique(numbers).tolist()}
+            rows = [[np.asarray(part)[0] for part in each[at]] for at in numbers.tolist()]
+            starts, counts, lengths = _effective(np.array(rows, dtype=np.uint64).T)
+            return starts, counts, lengths
+        return starts[numbers], counts[numbers], lengths[numbers]
+
     def __repr__(self) -> str:
         return f"<Prompts: {counted(len(self), 'prompt')}, {counted(self._core.rows, 'row')}>"
 
 
 def _effective(
-    table: tuple[_core.Tensor, _core.Tensor, _core.Tensor],
+    table: Iterable[_core.Tensor | NDArray[np.uint64]],
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """Return the columns of a prompt table; a prompt without ids is as long as its rows."""
     starts, counts, lengths = (np.asarray(column).astype(np.int64) for column in table)
