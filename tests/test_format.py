@@ -417,8 +417,8 @@ def test_prompts_lie_where_the_rules_say(seed, scratch):
         for _ in range(rng.randint(1, 7))
     ]
     names = set()
-    for commits in (0.0, 0.5, 1.0):
-        target = scratch / f"{commits}"
+    for commits, ends in ((0.0, 0.0), (0.5, 0.0), (1.0, 0.0), (0.7, 0.4)):
+        target = scratch / f"{commits}-{ends}"
         row = sites[0][2][0] + 9
         feeder = Feeder(target, sites, shard_bytes=limit * row, texts=texts)
         for lengths in windows:
@@ -426,11 +426,17 @@ def test_prompts_lie_where_the_rules_say(seed, scratch):
             if rng.random() < commits:
                 feeder.core.commit()
                 check_rules(decoder.read_store(target), limit)
+            if rng.random() < ends:  # a writer that continues: nothing shows in the end
+                rng.choice([feeder.core.finish, feeder.core.commit])()
+                feeder.core.close()
+                check_rules(decoder.read_store(target), limit)
+                feeder.reopen()
         feeder.core.finish()
         found = decoder.read_store(target)
         check_rules(found, limit)
         assert [prompt.length for prompt in found.prompts] == list(chain(*windows))
         names.add(tuple(entry["name"] for entry in found.group["shards"]))
+        assert {path.stem for path in (target / "shards").iterdir()} >= set(max(names))
     assert len(names) == 1, "commits changed what is stored"
 
 

@@ -50,12 +50,17 @@ class Feeder:
     """Appends windows of prompts to a core writer, with made-up numbers."""
 
     def __init__(self, directory: Path, sites: list[Any], **options: Any) -> None:
-        self.sites = sites
+        self.directory, self.sites = directory, sites
         self.texts = bool(options.get("texts"))
         self.rows = self.prompts = 0
         self.core = _core.Writer(directory)
         options = {"identity": '{"golden":1}', "about": "{}", "rows_total": None} | options
         self.core.begin(sites, **options)
+
+    def reopen(self) -> None:
+        """Continue the store with a new writer."""
+        self.core = _core.Writer(self.directory)
+        self.core.resume(rows_total=None)
 
     def window(self, lengths: list[int], last: int | None = None, generated: int = 0) -> None:
         """Append prompts of these lengths; rows of the last `last` tokens of each, or of all.
