@@ -22,6 +22,9 @@ const PROGRESS_EVERY: Duration = Duration::from_millis(50);
 /// Stores up to this size are verified in a few milliseconds.
 const SMALL_BYTES: u64 = 64 << 20;
 
+/// More threads than this only get in each other's way.
+const MAX_THREADS: usize = 256;
+
 /// One damaged place.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Damage {
@@ -89,8 +92,12 @@ fn verify(
 ) -> Result<Vec<Damage>> {
     let plan = &view.manifest.plan;
     let mut tasks = Vec::new();
-    let mut total = 0;
-    for (shard, entry) in view.manifest.shards.iter().enumerate() {
+    let mut total = 0u64;
+    // A writer may replace the short shards, and the last full one, at any moment: they come first,
+    // so that one that is gone costs a moment and not the whole work again.
+    let stable = view.manifest.full_shards().saturating_sub(1);
+    let shards = || view.manifest.shards.iter().enumerate();
+    for (shard, entry) in shards().skip(stable).chain(shards().take(stable)) {
         if view.starts.get(shard).is_some_and(|start| start.row >= rows && entry.rows > 0) {
             continue;
         }
@@ -99,7 +106,7 @@ fn verify(
             continue; // the task above reports it
         };
         for (region, found) in layout.checked().enumerate() {
-            total += found.bytes;
+            total = total.saturating_add(found.bytes);
             tasks.push(Task { shard, region: Some(region) });
         }
     }
@@ -115,7 +122,7 @@ fn verify(
         missing_is_damage,
     };
     let available = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-    let threads = if threads == 0 { available } else { threads };
+    let threads = if threads == 0 { available } else { threads.min(MAX_THREADS) };
     let stopped = std::thread::scope(|scope| {
         let workers: Vec<_> = (0..threads).map(|_| scope.spawn(|| work.run())).collect();
         let mut go_on = true;
@@ -130,11 +137,11 @@ fn verify(
         }
         !go_on
     });
-    if let Some(failure) = work.failure.into_inner().unwrap_or_else(PoisonError::into_inner) {
-        return Err(failure);
-    }
     if stopped {
         return Err(Error::Closed { reason: String::from("verifying was stopped") });
+    }
+    if let Some(failure) = work.failure.into_inner().unwrap_or_else(PoisonError::into_inner) {
+        return Err(failure);
     }
     progress(total, total);
     let mut damages = work.damages.into_inner().unwrap_or_else(PoisonError::into_inner);
@@ -217,11 +224,18 @@ impl Work<'_> {
         let (Ok(rows), Ok(lengths)) = (prompts, lengths) else {
             return Ok(());
         };
-        let Entry { head, rows: own, ids, .. } = *shard.entry();
+        let Entry { head, rows: own, ids, text_bytes, .. } = *shard.entry();
         let sum =
             |values: &[u64]| values.iter().try_fold(0u64, |sum, &value| sum.checked_add(value));
         if sum(&lengths) != Some(ids) {
             whole("#prompt.length", format!("its sum is not the {ids} ids of the shard"));
+        }
+        if shard.layout().side(Side::PromptTextLength).is_some()
+            && let Ok(texts) = shard.side_u64(Side::PromptTextLength)
+            && sum(&texts) != Some(text_bytes)
+        {
+            let found = format!("its sum is not the {text_bytes} bytes of text of the shard");
+            whole("#prompt.text_length", found);
         }
         let starts_within = sum(&rows).and_then(|sum| sum.checked_add(head));
         if starts_within.is_none_or(|covered| covered < own) {
@@ -231,7 +245,8 @@ impl Work<'_> {
     }
 
     fn check_region(&self, shard: &Shard, index: usize) -> Result<()> {
-        let Some(region) = shard.layout().checked().nth(index).copied() else {
+        // What is checked comes first among the regions.
+        let Some(region) = shard.layout().regions.get(index).copied() else {
             return Ok(());
         };
         let mut hash = xxhash_rust::xxh3::Xxh3::new();
