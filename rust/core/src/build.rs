@@ -8,8 +8,9 @@ use crate::error::{Error, Result};
 use crate::header;
 use crate::layout::{Layout, Plan, Size, Tensor};
 use crate::manifest::Entry;
+use crate::shard::Start;
 use crate::side::Side;
-use crate::stream::Stream;
+use crate::stream::{Origin, Stream};
 
 /// The shard being filled.
 pub(crate) const FILLING: &str = "filling.part";
@@ -32,7 +33,8 @@ pub(crate) struct PromptRecord<'a> {
     pub(crate) length: u64,
     /// Little-endian u32.
     pub(crate) ids: &'a [u8],
-    pub(crate) text: Option<&'a str>,
+    /// Empty where the store keeps none.
+    pub(crate) text: &'a [u8],
 }
 
 /// How far a prompt table has come.
@@ -53,12 +55,16 @@ pub(crate) struct PromptTable {
 
 impl PromptTable {
     /// Begins a table in temporary files whose names begin with `prefix`.
-    pub(crate) fn create(disk: &dyn Disk, prefix: &str, texts: bool) -> Result<Self> {
+    /// They are those of the shard that begins at `start`.
+    pub(crate) fn create(disk: &dyn Disk, prefix: &str, plan: &Plan, start: Start) -> Result<Self> {
+        let texts = plan.texts();
+        let rows = (start.row, start.row + plan.rows_per_shard());
         let mut streams = Vec::with_capacity(5);
         for side in PROMPT_SIDES.iter().take(if texts { 5 } else { 3 }) {
             let name = format!("{prefix}{}.part", side.name().replace(['#', '.'], "-"));
             let file: Arc<dyn DiskFile> = Arc::from(disk.create(Folder::Shards, &name)?);
-            streams.push(Stream::new(&file, 0, BLOCK_BYTES));
+            let origin = Origin { site: side.name().to_owned(), rows, row_bytes: None };
+            streams.push(Stream::new(&file, 0, BLOCK_BYTES).of(origin));
         }
         Ok(Self { streams, texts, mark: Mark::default() })
     }
@@ -86,9 +92,8 @@ impl PromptTable {
             lengths.extend_from_slice(&prompt.length.to_le_bytes());
             ids.extend_from_slice(prompt.ids);
             if self.texts {
-                let text = prompt.text.unwrap_or_default();
-                text_lengths.extend_from_slice(&(text.len() as u64).to_le_bytes());
-                texts.extend_from_slice(text.as_bytes());
+                text_lengths.extend_from_slice(&(prompt.text.len() as u64).to_le_bytes());
+                texts.extend_from_slice(prompt.text);
             }
         }
         self.mark.prompts += prompts.len() as u64;
@@ -123,6 +128,7 @@ pub(crate) struct Build {
     file: Arc<dyn DiskFile>,
     part: &'static str,
     capacity: u64,
+    start: Start,
     /// Sites, then `#row.token`, `#row.position`, `#row.flags`.
     streams: Vec<Stream>,
     rows: u64,
@@ -135,26 +141,33 @@ impl Build {
         disk: &dyn Disk,
         plan: &Arc<Plan>,
         part: &'static str,
-        capacity: u64,
+        (capacity, start): (u64, Start),
         reserve: bool,
     ) -> Result<Self> {
+        let origin = |site: &str, row_bytes: u64| Origin {
+            site: site.to_owned(),
+            rows: (start.row, start.row + capacity),
+            row_bytes: Some(row_bytes),
+        };
         let layout = plan.layout(&Size { rows: capacity, ..Size::default() })?;
         let file: Arc<dyn DiskFile> = Arc::from(disk.create(Folder::Shards, part)?);
         if reserve {
             file.reserve(layout.file_bytes)?;
         }
         let mut streams = Vec::with_capacity(plan.sites().len() + 3);
-        for site in 0..plan.sites().len() {
-            if let Some(region) = layout.site(site) {
-                streams.push(Stream::new(&file, region.offset, region.block_bytes));
+        for (index, site) in plan.sites().iter().enumerate() {
+            if let Some(region) = layout.site(index) {
+                let stream = Stream::new(&file, region.offset, region.block_bytes);
+                streams.push(stream.of(origin(&site.path, plan.row_bytes(index))));
             }
         }
         for side in [Side::RowToken, Side::RowPosition, Side::RowFlags] {
             if let Some(region) = layout.side(side) {
-                streams.push(Stream::new(&file, region.offset, region.block_bytes));
+                let stream = Stream::new(&file, region.offset, region.block_bytes);
+                streams.push(stream.of(origin(side.name(), side.dtype().size())));
             }
         }
-        Ok(Self { plan: Arc::clone(plan), file, part, capacity, streams, rows: 0 })
+        Ok(Self { plan: Arc::clone(plan), file, part, capacity, start, streams, rows: 0 })
     }
 
     pub(crate) fn rows(&self) -> u64 {
@@ -163,6 +176,11 @@ impl Build {
 
     pub(crate) fn capacity(&self) -> u64 {
         self.capacity
+    }
+
+    /// Returns where in the store this shard begins.
+    pub(crate) fn start(&self) -> Start {
+        self.start
     }
 
     /// Returns the streams, sites first, to append `rows` more rows to each.
@@ -202,7 +220,7 @@ impl Build {
             size.ids += table.mark.ids - mark.ids;
             size.text_bytes += table.mark.text_bytes - mark.text_bytes;
         }
-        let mut piece = Self::create(disk, &self.plan, PIECE, size.rows, false)?;
+        let mut piece = Self::create(disk, &self.plan, PIECE, (size.rows, self.start), false)?;
         let layout = self.plan.layout(&size)?;
         piece.file.reserve(layout.file_bytes)?;
         for index in 0..self.streams.len() {

@@ -13,7 +13,7 @@ use serde_json::value::RawValue;
 use crate::build::{Mark, Sealed};
 use crate::disk::{Disk, Folder, Lock};
 use crate::error::{Error, Result};
-use crate::filling::{Filling, counts_list};
+use crate::filling::{self, Filling, counts_list};
 use crate::layout::{Plan, SiteSpec, rows_per_shard};
 use crate::manifest::{Entry, Manifest};
 use crate::publish;
@@ -93,7 +93,7 @@ impl Writer {
         let identity = json("the identity", new.identity)?;
         let about = json("what is known of the making", new.about)?;
         disk.make_folders()?;
-        publish::remove_parts(&*disk, &*lock)?;
+        publish::remove_parts(&*disk, &*lock, 0)?;
         publish::clean_up(&*disk, &*lock, &[])?;
         let format = disk.create(Folder::Root, publish::FORMAT_FILE)?;
         format.write_at(0, format!("{}\n", crate::FORMAT).as_bytes())?;
@@ -131,7 +131,8 @@ impl Writer {
         };
         publish::check_format(&*disk)?;
         let manifest = publish::read_version(&*disk, newest)?;
-        let previous = match versions.get(1).map(|&version| publish::read_version(&*disk, version)) {
+        let previous = match versions.get(1).map(|&version| publish::read_version(&*disk, version))
+        {
             // The version before may be damaged; then only the newest is kept.
             None | Some(Err(Error::Manifest { .. })) => None,
             Some(read) => Some(read?),
@@ -147,7 +148,7 @@ impl Writer {
         // What was seen may not be durable yet.
         disk.sync_folder(Folder::Shards)?;
         disk.sync_folder(Folder::Manifests)?;
-        publish::remove_parts(&*disk, &*lock)?;
+        publish::remove_parts(&*disk, &*lock, newest)?;
         let keep: Vec<&Manifest> = std::iter::once(&manifest).chain(previous.as_ref()).collect();
         publish::clean_up(&*disk, &*lock, &keep)?;
         let mut writer = Self::over(disk, lock, manifest, previous, pace);
@@ -190,20 +191,20 @@ impl Writer {
             full = full.saturating_sub(1);
         }
         self.full = shards.iter().take(full).cloned().collect();
-        let row: u64 = self.full.iter().map(|shard| shard.rows).sum();
-        let prompt: u64 = self.full.iter().map(|shard| shard.prompts).sum();
         let pieces = shards.get(full..).unwrap_or_default();
         if pieces.is_empty() {
             return Ok(());
         }
         let (total, plan) = (self.pace.rows_total, &self.manifest.plan);
-        let filling = Filling::rebuild(&*self.disk, plan, total, pieces, (row, prompt))?;
+        let start = filling::start_after(&self.full);
+        let filling = Filling::rebuild(&*self.disk, plan, total, pieces, start)?;
         self.filling = Some(filling);
         Ok(())
     }
 
-    fn open_filling(&self, first_row: u64, head: u64) -> Result<Filling> {
-        Filling::open(&*self.disk, &self.manifest.plan, self.pace.rows_total, (first_row, head))
+    fn open_filling(&self, head: u64) -> Result<Filling> {
+        let start = filling::start_after(&self.full);
+        Filling::open(&*self.disk, &self.manifest.plan, self.pace.rows_total, (start, head))
     }
 
     /// Returns the newest committed version.
@@ -237,9 +238,17 @@ impl Writer {
             self.ended = Some(format!("an earlier step failed: {error}"));
             self.filling = None;
             // The room is given back; what cannot be removed now is removed at the next start.
-            let _ = publish::remove_parts(&*self.disk, &*self.lock);
+            let _ = self.remove_parts();
         }
-        result
+        result.map_err(|error| filling::located(error, &self.full, (self.rows, self.prompts)))
+    }
+
+    fn remove_parts(&self) -> Result<()> {
+        publish::remove_parts(&*self.disk, &*self.lock, self.manifest.version)
+    }
+
+    fn check_turn(&self) -> Result<()> {
+        publish::check_turn(&*self.disk, &*self.lock, self.manifest.version)
     }
 
     /// Appends one window, and commits if it is time. Returns whether it did.
@@ -273,6 +282,7 @@ impl Writer {
     }
 
     fn add(&mut self, window: &Window<'_>) -> Result<()> {
+        self.check_turn()?;
         let limit = self.manifest.plan.rows_per_shard();
         let rows = window.rows();
         let mut row = 0;
@@ -293,7 +303,7 @@ impl Writer {
             let head = prompts.start() - row;
             let mut filling = match self.filling.take() {
                 Some(filling) => filling,
-                None => self.open_filling(self.full.iter().map(|shard| shard.rows).sum(), head)?,
+                None => self.open_filling(head)?,
             };
             let take = (limit - filling.build.rows()).min(rows - row);
             let end = row + limit - filling.build.rows();
@@ -303,12 +313,13 @@ impl Writer {
             }
             if row + take == rows {
                 while let Some(records) = prompts.before(u64::MAX) {
-                    let texts = self.manifest.plan.texts();
-                    filling.table(&*self.disk, texts, true)?.append(&records)?;
+                    let plan = &self.manifest.plan;
+                    filling.table(&*self.disk, plan, true)?.append(&records)?;
                     self.prompts += records.len() as u64;
                 }
             }
-            self.add_rows(&mut filling, &sources, row, take)?;
+            let plan = &self.manifest.plan;
+            filling.add_rows(plan, &sources, (row, take), &mut self.scratch)?;
             for &(site, at, count) in window.overflow {
                 if (row..row + take).contains(&at) {
                     filling.count(site, [0, 0, count]);
@@ -321,39 +332,6 @@ impl Writer {
         Ok(())
     }
 
-    fn add_rows(
-        &mut self,
-        filling: &mut Filling,
-        sources: &[&dyn Source],
-        row: u64,
-        take: u64,
-    ) -> Result<()> {
-        let plan = Arc::clone(&self.manifest.plan);
-        let before = filling.build.rows();
-        let row_bytes: Vec<u64> = (0..plan.sites().len() + 3)
-            .map(|stream| filling.build.stream_row_bytes(stream))
-            .collect();
-        let dtypes = plan.sites().iter().map(|site| Some(site.dtype)).chain([None; 3]);
-        let streams = filling.build.grow(take).iter_mut();
-        let mut found = Vec::new();
-        for (index, (((stream, source), bytes), dtype)) in
-            streams.zip(sources.iter().copied()).zip(row_bytes).zip(dtypes).enumerate()
-        {
-            let range = (crate::shard::length(row * bytes), crate::shard::length(take * bytes));
-            let dtype_or_bytes = dtype.unwrap_or(crate::dtype::Dtype::U8);
-            let (nan, infinite) =
-                stream.append_from(source, range, dtype_or_bytes, &mut self.scratch)?;
-            if nan + infinite > 0 {
-                found.push((index as u64, [nan, infinite, 0]));
-            }
-        }
-        filling.build.start_writeback(before);
-        for (site, counts) in found {
-            filling.count(site, counts);
-        }
-        Ok(())
-    }
-
     /// Publishes the full shard; its boundary prompts open the next one.
     fn seal_filling(&mut self) -> Result<()> {
         let Some(filling) = self.filling.take() else {
@@ -362,11 +340,10 @@ impl Writer {
         let Filling { build, prompts, boundary, head, counts, .. } = filling;
         let sealed = build.seal(&prompts, head)?;
         let entry = self.publish(&sealed, counts_list(&counts))?;
-        let first_row = self.full.iter().map(|shard| shard.rows).sum::<u64>() + entry.rows;
         self.full.push(entry);
         self.sealed_since_commit = true;
         if let Some(boundary) = boundary {
-            let mut next = self.open_filling(first_row, 0)?;
+            let mut next = self.open_filling(0)?;
             next.prompts.append_table(&boundary, Mark::default())?;
             self.filling = Some(next);
         }
@@ -390,6 +367,7 @@ impl Writer {
             return Ok(());
         }
         self.or_end(|writer| {
+            writer.check_turn()?;
             writer.commit_piece()?;
             writer.commit_version(false)
         })
@@ -452,6 +430,7 @@ impl Writer {
     }
 
     fn finish_shards(&mut self) -> Result<()> {
+        self.check_turn()?;
         if let Some(mut filling) = self.filling.take() {
             let entry = if filling.is_one_piece() {
                 filling.pieces.pop()
@@ -470,11 +449,11 @@ impl Writer {
             };
             self.full.extend(entry);
         }
-        publish::remove_parts(&*self.disk, &*self.lock)?;
+        self.remove_parts()?;
         if !self.manifest.complete || self.windows != self.manifest.windows {
             self.commit_version(true)?;
         }
-        self.lock.retake()?;
+        self.check_turn()?;
         self.disk.remove_spool()
     }
 
@@ -482,7 +461,7 @@ impl Writer {
     pub fn close(&mut self) {
         if self.ended.is_none() {
             self.filling = None;
-            let _ = publish::remove_parts(&*self.disk, &*self.lock);
+            let _ = self.remove_parts();
             self.ended = Some(String::from("it was closed"));
         }
     }

@@ -210,12 +210,16 @@ impl Directory {
     /// [`Error::Io`].
     pub fn create(path: impl Into<PathBuf>) -> Result<Self> {
         let path = path.into();
+        let new = path.ancestors().take_while(|path| !path.exists()).count();
         std::fs::create_dir_all(&path).map_err(|source| Error::io("make", &path, source))?;
         let opened = Self::open(path)?;
-        if let Some(parent) = opened.path.canonicalize().ok().as_deref().and_then(Path::parent) {
-            // The new directory's own entry; parents that cannot be opened are not ours to sync.
-            if let Ok(parent) = rustix::fs::open(parent, FOLDER, Mode::empty()) {
-                let _ = rustix::fs::fsync(parent);
+        if let Ok(whole) = opened.path.canonicalize() {
+            // The entries of the new directories, and of one that a crash may have left behind;
+            // parents that cannot be opened are not ours to sync.
+            for parent in whole.ancestors().skip(1).take(new.max(1)) {
+                if let Ok(parent) = rustix::fs::open(parent, FOLDER, Mode::empty()) {
+                    let _ = rustix::fs::fsync(parent);
+                }
             }
         }
         Ok(opened)

@@ -5,10 +5,14 @@ use std::sync::Arc;
 
 use crate::build::{Build, FILLING, Mark, PromptTable};
 use crate::disk::Disk;
-use crate::error::Result;
+use crate::dtype::Dtype;
+use crate::error::{Error, Result};
 use crate::layout::Plan;
 use crate::manifest::Entry;
+use crate::publish;
 use crate::rebuild::{self, Step};
+use crate::shard::{Start, length};
+use crate::source::Source;
 
 /// The shard being filled.
 #[derive(Debug)]
@@ -28,20 +32,20 @@ pub(crate) struct Filling {
 }
 
 impl Filling {
-    /// Begins the shard whose first row is `first_row`, of which `head` rows belong to the prompt
+    /// Begins the shard whose first row and prompt are `start`, of which `head` rows belong to the prompt
     /// before. Where the total is known, the file is laid out for what is to come, and its room
     /// is reserved.
     pub(crate) fn open(
         disk: &dyn Disk,
         plan: &Arc<Plan>,
         rows_total: Option<u64>,
-        (first_row, head): (u64, u64),
+        (start, head): (Start, u64),
     ) -> Result<Self> {
         let rows = plan.rows_per_shard();
-        let capacity = rows_total.map_or(rows, |total| rows.min(total.saturating_sub(first_row)));
-        let prompts = PromptTable::create(disk, "filling", plan.texts())?;
+        let capacity = rows_total.map_or(rows, |total| rows.min(total.saturating_sub(start.row)));
+        let prompts = PromptTable::create(disk, "filling", plan, start)?;
         Ok(Self {
-            build: Build::create(disk, plan, FILLING, capacity, rows_total.is_some())?,
+            build: Build::create(disk, plan, FILLING, (capacity, start), rows_total.is_some())?,
             prompts,
             boundary: None,
             head: head.min(rows),
@@ -59,10 +63,10 @@ impl Filling {
         plan: &Arc<Plan>,
         rows_total: Option<u64>,
         pieces: &[Entry],
-        start: (u64, u64),
+        start: Start,
     ) -> Result<Self> {
         let head = pieces.first().map_or(0, |piece| piece.head);
-        let mut filling = Self::open(disk, plan, rows_total, (start.0, head))?;
+        let mut filling = Self::open(disk, plan, rows_total, (start, head))?;
         rebuild::from_pieces(disk, plan, pieces, start, &mut |step| match step {
             Step::Rows { stream, bytes } => {
                 filling.build.grow(0).get_mut(stream).map_or(Ok(()), |to| to.append(bytes))
@@ -72,7 +76,7 @@ impl Filling {
                 Ok(())
             }
             Step::Prompts { records, boundary } => {
-                filling.table(disk, plan.texts(), boundary)?.append(records)
+                filling.table(disk, plan, boundary)?.append(records)
             }
         })?;
         for &[site, nan, infinite, overflow] in pieces.iter().flat_map(|piece| &piece.counts) {
@@ -86,7 +90,7 @@ impl Filling {
     pub(crate) fn table(
         &mut self,
         disk: &dyn Disk,
-        texts: bool,
+        plan: &Plan,
         boundary: bool,
     ) -> Result<&mut PromptTable> {
         if !boundary {
@@ -94,8 +98,39 @@ impl Filling {
         }
         match &mut self.boundary {
             Some(table) => Ok(table),
-            empty @ None => Ok(empty.insert(PromptTable::create(disk, "boundary", texts)?)),
+            empty @ None => {
+                Ok(empty.insert(PromptTable::create(disk, "boundary", plan, self.build.start())?))
+            }
         }
+    }
+
+    /// Appends `rows` more rows of each source (sites, then row tables) from row `from` on.
+    pub(crate) fn add_rows(
+        &mut self,
+        plan: &Plan,
+        sources: &[&dyn Source],
+        (from, rows): (u64, u64),
+        scratch: &mut Vec<u8>,
+    ) -> Result<()> {
+        let before = self.build.rows();
+        let row_bytes: Vec<u64> =
+            (0..sources.len()).map(|stream| self.build.stream_row_bytes(stream)).collect();
+        // Values of the row tables are not looked at.
+        let dtypes = plan.sites().iter().map(|site| site.dtype).chain([Dtype::U8; 3]);
+        let mut found = Vec::new();
+        let streams = self.build.grow(rows).iter_mut().zip(sources).zip(row_bytes).zip(dtypes);
+        for (index, (((stream, &source), bytes), dtype)) in streams.enumerate() {
+            let range = (length(from * bytes), length(rows * bytes));
+            let (nan, infinite) = stream.append_from(source, range, dtype, scratch)?;
+            if nan + infinite > 0 {
+                found.push((index as u64, [nan, infinite, 0]));
+            }
+        }
+        self.build.start_writeback(before);
+        for (site, counts) in found {
+            self.count(site, counts);
+        }
+        Ok(())
     }
 
     pub(crate) fn count(&mut self, site: u64, more: [u64; 3]) {
@@ -154,4 +189,25 @@ pub(crate) fn counts_list(counts: &BTreeMap<u64, [u64; 3]>) -> Vec<[u64; 4]> {
         .filter(|(_, counts)| counts.iter().any(|&count| count > 0))
         .map(|(&site, &[nan, infinite, overflow])| [site, nan, infinite, overflow])
         .collect()
+}
+
+/// Returns where the shard after these begins.
+pub(crate) fn start_after(shards: &[Entry]) -> Start {
+    shards.iter().fold(Start::default(), |start, shard| Start {
+        row: start.row + shard.rows,
+        prompt: start.prompt + shard.prompts,
+    })
+}
+
+/// Completes the place of damage in the shard being filled, which follows the shards `full`:
+/// it ends with the rows and prompts appended so far.
+pub(crate) fn located(error: Error, full: &[Entry], (rows, prompts): (u64, u64)) -> Error {
+    match error {
+        Error::Damaged { mut place, found } if publish::is_part(&place.shard) => {
+            place.rows.1 = place.rows.1.min(rows).max(place.rows.0);
+            place.prompts = (start_after(full).prompt.saturating_sub(1), prompts);
+            Error::Damaged { place, found }
+        }
+        other => other,
+    }
 }

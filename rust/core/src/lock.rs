@@ -33,8 +33,9 @@ pub trait Lock: Debug + Send + Sync {
     fn retake(&self) -> Result<()>;
 }
 
-/// Device and inode of the `LOCK` files that this process holds.
-static HELD: Mutex<BTreeSet<(u64, u64)>> = Mutex::new(BTreeSet::new());
+/// Process, device and inode of the `LOCK` files that are held. A forked child inherits the set,
+/// but not the locks: its own process number keeps it from being bound by them.
+static HELD: Mutex<BTreeSet<(u32, u64, u64)>> = Mutex::new(BTreeSet::new());
 
 #[derive(Debug)]
 pub(crate) struct FileLock {
@@ -49,10 +50,11 @@ pub(crate) struct FileLock {
 impl FileLock {
     pub(crate) fn take(path: &Path, root: BorrowedFd<'_>) -> Result<Self> {
         let mut held = HELD.lock().unwrap_or_else(PoisonError::into_inner);
+        let process = std::process::id();
         let name = path.join(LOCK);
         let failed = |source: Errno| Error::io("lock", &name, source);
         match rustix::fs::statat(root, LOCK, AtFlags::SYMLINK_NOFOLLOW) {
-            Ok(stat) if held.contains(&(stat.st_dev, stat.st_ino)) => {
+            Ok(stat) if held.contains(&(process, stat.st_dev, stat.st_ino)) => {
                 return Err(in_use(path, root));
             }
             Ok(_) | Err(Errno::NOENT) => {}
@@ -69,15 +71,11 @@ impl FileLock {
         let stat = rustix::fs::fstat(&file).map_err(failed)?;
         let key = (stat.st_dev, stat.st_ino);
         let root = root.try_clone_to_owned().map_err(|source| Error::io("lock", &name, source))?;
-        let lock = Self {
-            path: path.to_owned(),
-            root,
-            file: Some(file),
-            key,
-            process: std::process::id(),
-        };
+        let lock = Self { path: path.to_owned(), root, file: Some(file), key, process };
+        held.insert((process, key.0, key.1));
+        // Dropping a lock takes the set, so it must be free should this fail.
+        drop(held);
         lock.write_owner()?;
-        held.insert(key);
         Ok(lock)
     }
 
@@ -137,10 +135,13 @@ impl Drop for FileLock {
             return;
         }
         let mut held = HELD.lock().unwrap_or_else(PoisonError::into_inner);
-        let _ = rustix::fs::unlinkat(&self.root, OWNER, AtFlags::empty());
+        // If the lock was lost, `OWNER` is somebody else's.
+        if self.retake().is_ok() {
+            let _ = rustix::fs::unlinkat(&self.root, OWNER, AtFlags::empty());
+        }
         // Closed before another thread can take the lock: closing later would drop theirs.
         drop(self.file.take());
-        held.remove(&self.key);
+        held.remove(&(self.process, self.key.0, self.key.1));
     }
 }
 

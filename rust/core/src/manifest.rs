@@ -74,11 +74,15 @@ pub fn file_name(version: u64) -> String {
     format!("{version:020}.json")
 }
 
+/// Versions, windows and sums stay below this, so that counting on never overflows.
+const MAX_NUMBER: u64 = 1 << 62;
+
 /// Returns the version that a manifest's file name stands for.
 pub fn version_of(file: &str) -> Option<u64> {
     let digits = file.strip_suffix(".json")?;
     let numeric = digits.len() == 20 && digits.bytes().all(|byte| byte.is_ascii_digit());
-    if numeric { digits.parse().ok() } else { None }
+    let version = if numeric { digits.parse().ok() } else { None };
+    version.filter(|version| (1..MAX_NUMBER).contains(version))
 }
 
 /// Identity and about are handed on as text; whoever parses them must not run out of stack.
@@ -199,6 +203,9 @@ impl Manifest {
         if body.version != version {
             return Err(format!("it says that it is version {}", body.version));
         }
+        if body.windows >= MAX_NUMBER {
+            return Err(format!("it says that {} windows are done", body.windows));
+        }
         for text in [body.identity.get(), body.about.get()] {
             if depth(text) > MAX_DEPTH {
                 return Err(format!("it nests deeper than {MAX_DEPTH} levels"));
@@ -263,7 +270,7 @@ fn split(bytes: &[u8]) -> Option<(&[u8], &[u8])> {
 /// Checks what the arithmetic of readers relies on.
 fn check_shards(plan: &Plan, shards: &[Entry]) -> Result<(), String> {
     let limit = plan.rows_per_shard();
-    let (mut rows, mut prompts, mut short_rows) = (0u64, 0u64, 0u64);
+    let (mut rows, mut prompts, mut counts, mut short_rows) = (0u64, 0u64, 0u64, 0u64);
     let mut short = false;
     for shard in shards {
         if !is_hex_name(&shard.name) {
@@ -286,12 +293,17 @@ fn check_shards(plan: &Plan, shards: &[Entry]) -> Result<(), String> {
             return Err(format!("its short shards have more than {limit} rows"));
         }
         let total = |sum: u64, more: u64| {
-            sum.checked_add(more).filter(|&sum| sum < 1 << 63).ok_or("its sums overflow")
+            sum.checked_add(more).filter(|&sum| sum < MAX_NUMBER).ok_or("its sums overflow")
         };
         rows = total(rows, shard.rows)?;
         prompts = total(prompts, shard.prompts)?;
         if shard.counts.iter().any(|&[site, ..]| site >= plan.sites().len() as u64) {
             return Err(format!("shard {} counts a site that is not there", shard.name));
+        }
+        for &[_, nan, infinite, overflow] in &shard.counts {
+            for count in [nan, infinite, overflow] {
+                counts = total(counts, count)?;
+            }
         }
     }
     Ok(())

@@ -88,9 +88,11 @@ impl Store {
             let opened = view.open(self.disk(), view.shard_of_prompt(prompt))?;
             let lengths = opened.shard.side_u64(Side::PromptTextLength)?;
             let index = length(prompt - opened.shard.start().prompt);
-            let start: u64 = lengths.iter().take(index).sum();
+            let before = lengths.iter().take(index);
+            let start = before.fold(0, |sum: u64, &bytes| sum.saturating_add(bytes));
             let bytes = lengths.get(index).copied().unwrap_or(0);
-            let text = opened.shard.side_span(Side::PromptText, (start, start + bytes))?;
+            let range = (start, start.saturating_add(bytes));
+            let text = opened.shard.side_span(Side::PromptText, range)?;
             Ok(Some(String::from_utf8_lossy(&text).into_owned()))
         })
     }

@@ -17,7 +17,7 @@ pub(crate) const FORMAT_FILE: &str = "FORMAT";
 const NEXT: &str = "next.part";
 
 /// Returns whether a name is that of a temporary file.
-fn is_part(name: &str) -> bool {
+pub(crate) fn is_part(name: &str) -> bool {
     name.strip_suffix(".part").is_some()
 }
 
@@ -208,12 +208,12 @@ pub(crate) fn clean_up(disk: &dyn Disk, lock: &dyn Lock, keep: &[&Manifest]) -> 
     Ok(())
 }
 
-/// Removes every temporary file of a writer that is gone.
-pub(crate) fn remove_parts(disk: &dyn Disk, lock: &dyn Lock) -> Result<()> {
+/// Removes every temporary file of this writer, or of one that is gone.
+pub(crate) fn remove_parts(disk: &dyn Disk, lock: &dyn Lock, version: u64) -> Result<()> {
     for folder in [Folder::Shards, Folder::Manifests] {
         for name in disk.list(folder)? {
             if is_part(&name) {
-                lock.retake()?;
+                check_turn(disk, lock, version)?;
                 disk.remove(folder, &name)?;
             }
         }

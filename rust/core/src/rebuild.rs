@@ -10,6 +10,7 @@ use crate::layout::Plan;
 use crate::manifest::Entry;
 use crate::shard::{Shard, Start};
 use crate::side::Side;
+use crate::store::MAX_SUM;
 
 /// Prompts are handed on in chunks of at most this many, and of about this many bytes.
 const CHUNK_PROMPTS: usize = 4096;
@@ -40,17 +41,17 @@ pub(crate) fn from_pieces(
     disk: &dyn Disk,
     plan: &Arc<Plan>,
     pieces: &[Entry],
-    (mut row, mut prompt): (u64, u64),
+    mut start: Start,
     take: &mut dyn FnMut(Step<'_>) -> Result<()>,
 ) -> Result<()> {
-    let first_row = row;
+    let first_row = start.row;
     for piece in pieces {
-        let shard = Shard::open(disk, plan, piece, Start { row, prompt })?;
+        let shard = Shard::open(disk, plan, piece, start)?;
         read_rows(&shard, plan, take)?;
-        let first_start = row - first_row + piece.head;
+        let first_start = start.row - first_row + piece.head;
         read_prompts(&shard, plan, first_start, take)?;
-        row += piece.rows;
-        prompt += piece.prompts;
+        start.row += piece.rows;
+        start.prompt += piece.prompts;
     }
     Ok(())
 }
@@ -80,6 +81,18 @@ fn read_prompts(
     let rows = shard.side_u64(Side::PromptRows)?;
     let lengths = shard.side_u64(Side::PromptLength)?;
     let text_lengths = shard.side_u64(Side::PromptTextLength)?;
+    let entry = shard.entry();
+    let total =
+        |values: &[u64]| values.iter().fold(0, |sum: u64, &value| sum.saturating_add(value));
+    for (side, is_wrong) in [
+        (Side::PromptRows, total(&rows) >= MAX_SUM),
+        (Side::PromptLength, total(&lengths) != entry.ids),
+        (Side::PromptTextLength, total(&text_lengths) != entry.text_bytes),
+    ] {
+        if is_wrong {
+            return Err(shard.does_not_add_up(side));
+        }
+    }
     let mut start = first_start;
     let (mut next, mut ids_at, mut text_at) = (0, 0, 0);
     while next < rows.len() {
@@ -108,7 +121,7 @@ fn read_prompts(
                 rows: rows.get(index).copied().unwrap_or(0),
                 length,
                 ids,
-                text: std::str::from_utf8(text).ok(),
+                text,
             });
         }
         take(Step::Prompts { records: &records, boundary })?;

@@ -270,6 +270,13 @@ impl Shard {
         Ok(chunks.iter().map(|&chunk| u64::from_le_bytes(chunk)).collect())
     }
 
+    /// Returns the error for a prompt table whose numbers are not those of the manifest.
+    pub(crate) fn does_not_add_up(&self, side: Side) -> Error {
+        let place = place(&self.entry, self.start, side.name(), (0, self.entry.rows));
+        let found = String::from("its numbers do not add up to those of the manifest");
+        Error::Damaged { place: Box::new(place), found }
+    }
+
     /// Returns the place of one block.
     pub fn block_place(&self, region: &Region, block: u64) -> Place {
         let name = self.region_name(region);

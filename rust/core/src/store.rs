@@ -59,6 +59,20 @@ pub(crate) struct PromptIndex {
     pub(crate) ids: Vec<u64>,
 }
 
+/// The rows of one shard's prompts stay below this, those in later shards counted.
+pub(crate) const MAX_SUM: u64 = 1 << 60;
+
+/// Returns the sum before each value, and that of all; it stops at the largest number.
+fn sums(first: u64, values: &[u64]) -> (Vec<u64>, u64) {
+    let mut sum = first;
+    let mut starts = Vec::with_capacity(values.len());
+    for &value in values {
+        starts.push(sum);
+        sum = sum.saturating_add(value);
+    }
+    (starts, sum)
+}
+
 impl Opened {
     /// Returns the shard's prompts, read and checked at the first call.
     pub(crate) fn prompts(&self) -> Result<&PromptIndex> {
@@ -67,21 +81,16 @@ impl Opened {
         }
         let rows = self.shard.side_u64(Side::PromptRows)?;
         let lengths = self.shard.side_u64(Side::PromptLength)?;
-        let sums = |first: u64, values: &[u64]| -> Option<Vec<u64>> {
-            let mut sum = first;
-            let mut starts = Vec::with_capacity(values.len());
-            for &value in values {
-                starts.push(sum);
-                sum = sum.checked_add(value)?;
-            }
-            Some(starts)
-        };
         let entry = self.shard.entry();
-        let (Some(starts), Some(ids)) = (sums(entry.head, &rows), sums(0, &lengths)) else {
-            let place = crate::shard::place(entry, self.shard.start(), "#prompt.rows", (0, 0));
-            let found = String::from("its sums overflow");
-            return Err(Error::Damaged { place: Box::new(place), found });
-        };
+        let (starts, end) = sums(entry.head, &rows);
+        let (ids, ids_end) = sums(0, &lengths);
+        for (side, is_wrong) in
+            [(Side::PromptRows, end >= MAX_SUM), (Side::PromptLength, ids_end != entry.ids)]
+        {
+            if is_wrong {
+                return Err(self.shard.does_not_add_up(side));
+            }
+        }
         Ok(self.prompts.get_or_init(|| PromptIndex { rows, lengths, starts, ids }))
     }
 

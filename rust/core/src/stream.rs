@@ -2,10 +2,11 @@
 
 use std::sync::Arc;
 
+use crate::build::FILLING;
 use crate::checksum::{Running, crc32c};
 use crate::disk::DiskFile;
 use crate::dtype::Dtype;
-use crate::error::{Error, Result};
+use crate::error::{Error, Place, Result};
 use crate::shard::length;
 use crate::source::Source;
 use crate::stats;
@@ -19,11 +20,38 @@ pub(crate) struct Stream {
     file: Arc<dyn DiskFile>,
     offset: u64,
     running: Running,
+    origin: Origin,
+}
+
+/// Whose rows a stream holds: what an error about it names.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Origin {
+    /// The site or side tensor.
+    pub(crate) site: String,
+    /// The rows of the store that may be here, half-open.
+    pub(crate) rows: (u64, u64),
+    /// Bytes of a row; none where rows cannot be told apart.
+    pub(crate) row_bytes: Option<u64>,
+}
+
+impl Origin {
+    /// Returns the rows that bytes `from..to` belong to.
+    fn rows_of(&self, (from, to): (u64, u64)) -> (u64, u64) {
+        self.row_bytes.map_or(self.rows, |bytes| {
+            (self.rows.0 + from / bytes, self.rows.0 + to.div_ceil(bytes))
+        })
+    }
 }
 
 impl Stream {
     pub(crate) fn new(file: &Arc<dyn DiskFile>, offset: u64, block_bytes: u64) -> Self {
-        Self { file: Arc::clone(file), offset, running: Running::new(block_bytes) }
+        let (file, running) = (Arc::clone(file), Running::new(block_bytes));
+        Self { file, offset, running, origin: Origin::default() }
+    }
+
+    /// Says whose rows these are.
+    pub(crate) fn of(self, origin: Origin) -> Self {
+        Self { origin, ..self }
     }
 
     pub(crate) fn running(&self) -> &Running {
@@ -90,10 +118,18 @@ impl Stream {
             scratch.resize(length(end - begin), 0);
             self.file.read_at(self.offset + begin, &mut scratch)?;
             if Some(crc32c(0, &scratch)) != self.running.block(block) {
-                return Err(Error::Mismatch {
-                    what: String::from("bytes read back from the shard being filled"),
-                    expected: format!("those written (bytes {begin}..{end} of a tensor)"),
-                    found: String::from("others; the disk or the memory is faulty"),
+                let place = Place {
+                    shard: String::from(FILLING),
+                    site: self.origin.site.clone(),
+                    rows: self.origin.rows_of((begin, end)),
+                    prompts: (0, 0),
+                };
+                return Err(Error::Damaged {
+                    place: Box::new(place),
+                    found: format!(
+                        "bytes {begin}..{end} are not those that were written; \
+                         the disk or the memory is faulty"
+                    ),
                 });
             }
             let upto = to.min(end);

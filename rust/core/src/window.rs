@@ -137,9 +137,13 @@ impl<'a> Prompts<'a> {
             };
             let ids_end = self.ids_at + crate::shard::length(length) * 4;
             let ids = self.window.prompt_ids.get(self.ids_at..ids_end).unwrap_or_default();
-            let text = self.window.texts.and_then(|texts| texts.get(self.next)).map(String::as_str);
+            let text = self
+                .window
+                .texts
+                .and_then(|texts| texts.get(self.next))
+                .map_or(&[][..], String::as_bytes);
             records.push(PromptRecord { rows, length, ids, text });
-            bytes += ids.len() + text.map_or(0, str::len);
+            bytes += ids.len() + text.len();
             self.ids_at = ids_end;
             self.start += rows;
             self.next += 1;

@@ -156,9 +156,10 @@ impl Model {
 
     /// Returns what is seen now: what a kill leaves.
     pub fn as_seen(&self) -> Image {
-        self.image(|folder| (self.made || folder == Folder::Root, folder_now(self, folder)), |file| {
-            file.current.clone()
-        })
+        self.image(
+            |folder| (self.made || folder == Folder::Root, folder_now(self, folder)),
+            |file| file.current.clone(),
+        )
     }
 
     /// Returns what a power cut may leave.
@@ -167,9 +168,8 @@ impl Model {
         let mut bytes_draw = Random(random.next());
         self.image(
             |folder| {
-                let is_there = folder == Folder::Root
-                    || self.made_durable
-                    || (self.made && draw.chance(50));
+                let is_there =
+                    folder == Folder::Root || self.made_durable || (self.made && draw.chance(50));
                 let mut entries = self.folders.get(&folder).cloned().unwrap_or_default();
                 let percent = draw.pick(&[0, 10, 50, 50, 90, 100]);
                 for change in &entries.pending {

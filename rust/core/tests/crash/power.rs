@@ -23,9 +23,7 @@ impl Case {
         let names = job.names();
         let directory = folder();
         let log = Log::over(BTreeMap::new());
-        let run = |course: &Course| {
-            course.run(&Recorder::over(directory.path(), &log), &log, &job)
-        };
+        let run = |course: &Course| course.run(&Recorder::over(directory.path(), &log), &log, &job);
         for _ in 0..random.below(3) {
             let course = Course::random(random, &job);
             if random.chance(50) {
