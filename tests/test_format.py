@@ -338,6 +338,16 @@ def test_the_header_has_the_length_that_its_sites_give(sites, length, scratch):
         assert len(decoder.header_text(tensors, length, 5)) <= length - 8
 
 
+def test_links_of_the_document_lead_somewhere():
+    text = decoder.DOCUMENT.read_text(encoding="utf-8")
+    anchors = {re.sub(r"[^a-z0-9]+", "-", each.lower()).strip("-")
+               for each in re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)}  # fmt: skip
+    for target in re.findall(r"\]\((?!https:)([^)]+)\)", text):
+        file, _, anchor = target.partition("#")
+        assert (decoder.DOCUMENT.parent / file).exists(), target
+        assert not anchor or anchor in anchors, target
+
+
 # ── The example ──────────────────────────────────────────────────────────────────────────────────
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tests import decoder
 
@@ -154,6 +157,54 @@ def test_sizes_that_the_files_do_not_bear_out_are_found_at_first_use(store, fiel
         opened = _core.Store.open(store)
         with pytest.raises((lm.CorruptError, lm.InputError)):
             opened.column(0)
+
+
+def integers(node: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Return the paths to all integers of a JSON value."""
+    if isinstance(node, dict | list):
+        items = node.items() if isinstance(node, dict) else enumerate(node)
+        return [found for key, value in items for found in integers(value, (*path, key))]
+    return [path] if type(node) is int else []
+
+
+EDGES = [0, 1, 2, 5, 2**20, 2**31, 2**40, 2**53, 2**60, 2**63 - 1, 2**63, 2**64 - 1]
+
+
+@pytest.mark.parametrize("number", EDGES)
+def test_no_number_in_a_manifest_does_harm(store, number):
+    """Whatever a number says: an error of ours, or numbers; and memory stays in bounds."""
+    uses = [
+        lambda opened: opened.verify(1),
+        lambda opened: opened.column(1),
+        lambda opened: opened.read(0, 0, min(opened.rows, 4)),
+        lambda opened: opened.row_table(0, min(opened.rows, 19)),
+        lambda opened: opened.prompt_table(0, min(opened.prompts, 12)),
+        lambda opened: opened.prompt_ids(3),
+        lambda opened: opened.prompt_text(3),
+        lambda opened: opened.prompts_of(np.array([7])),
+        lambda opened: opened.shards,
+    ]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    written_first = written(store)
+    for path in integers(written_first):
+        manifest = written(store)
+        *way, last = path
+        node = manifest
+        for key in way:
+            node = node[key]
+        node[last] = number
+        write(store, manifest)
+        try:
+            opened = _core.Store.open(store)
+        except lm.LaminaError:
+            pass
+        else:
+            for use in uses:
+                with suppress(lm.LaminaError):
+                    use(opened)
+        write(store, written_first)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown < 64 * 1024, f"{grown} KiB for a store of 50"
 
 
 @pytest.mark.parametrize("text", ["lamina 1.1", "lamina 1.0\nmore", "lamina 1.4294967295"])
