@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -127,6 +128,11 @@ def test_a_hit_takes_no_lock_and_works_read_only(
     a_llama: Any, prompts: list[list[int]], tmp_path: Path
 ) -> None:
     lm.capture(a_llama, prompts, RESIDUALS, to=tmp_path / "acts")
+    writer = lm._core.Writer(str(tmp_path / "acts"))
+    try:
+        assert lm.capture(a_llama, prompts, RESIDUALS, to=tmp_path / "acts").complete
+    finally:
+        writer.close()
     folders = [tmp_path / "acts", *(f for f in (tmp_path / "acts").rglob("*") if f.is_dir())]
     for folder in folders:
         folder.chmod(0o555)
@@ -135,6 +141,20 @@ def test_a_hit_takes_no_lock_and_works_read_only(
     finally:
         for folder in folders:
             folder.chmod(0o755)
+
+
+def test_a_hit_makes_what_it_saw_durable(
+    a_llama: Any, prompts: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm.capture(a_llama, prompts, RESIDUALS, to=tmp_path)
+    synced: list[str] = []
+    monkeypatch.setattr(
+        os,
+        "fsync",
+        lambda descriptor: synced.append(str(Path(f"/proc/self/fd/{descriptor}").readlink())),
+    )
+    lm.capture(a_llama, prompts, RESIDUALS, to=tmp_path)
+    assert synced == [str(tmp_path / "shards"), str(tmp_path / "manifests")]
 
 
 def test_the_tokenizers_padding_side_does_not_matter_and_its_state_stays(

@@ -82,6 +82,14 @@ def test_cut_off_after_any_batch_and_run_again_it_ends_with_the_same_files(
     assert not (tmp_path / "spool").exists()
 
 
+def test_the_first_version_is_there_before_the_first_window(model: Any, tmp_path: Path) -> None:
+    cut_off(model, tmp_path, at=0)
+    store = lm.open(tmp_path)
+    assert (store.rows, store.complete) == (0, False)
+    assert store.identity["prompts"] == len(PROMPTS)
+    assert (tmp_path / "manifests" / f"{1:020}.json").exists()
+
+
 def test_cut_off_again_and_again_it_still_ends_with_the_same_files(
     model: Any, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
