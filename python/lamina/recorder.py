@@ -140,10 +140,12 @@ class Recorder:
                 def hook(
                     _module: object,
                     args: tuple[Any, ...],
-                    kwargs: dict[str, Any],
+                    # torch installs a hook before it notes that the hook takes keywords, so another
+                    # thread's forward may call it without.
+                    kwargs: dict[str, Any] | None = None,
                     before: Callable[[tuple[Any, ...], dict[str, Any]], None] = before,
                 ) -> None:
-                    before(args, kwargs)
+                    before(args, kwargs or {})
 
                 handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 

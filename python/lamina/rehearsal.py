@@ -112,7 +112,7 @@ def _run(
             def before(
                 _module: object,
                 args: tuple[Any, ...],
-                kwargs: dict[str, Any],
+                kwargs: dict[str, Any] | None = None,  # a thread that meets us installing has none
                 name: str = name,
                 parameters: tuple[str, ...] = parameters,
             ) -> None:
@@ -121,7 +121,7 @@ def _run(
                 key = event(name, "input")
                 run.calls[name] += 1
                 if (name, "input") in wanted:
-                    run.seen[key] = _describe_inputs(parameters, args, kwargs)
+                    run.seen[key] = _describe_inputs(parameters, args, kwargs or {})
 
             def after(_module: object, _args: object, output: object, name: str = name) -> None:
                 if threading.get_ident() != thread:
