@@ -35,7 +35,8 @@ impl Store {
             return Err(Error::Prompt { prompt, prompts: self.prompts() });
         }
         self.with_view(|view| {
-            let mut found = Vec::with_capacity(length(to - from));
+            // Not reserved: how many there are is only what the manifest says, until shards agree.
+            let mut found = Vec::new();
             let mut at = from;
             while at < to {
                 let index = view.shard_of_prompt(at);
@@ -86,12 +87,10 @@ impl Store {
         }
         self.with_view(|view| {
             let opened = view.open(self.disk(), view.shard_of_prompt(prompt))?;
-            let lengths = opened.shard.side_u64(Side::PromptTextLength)?;
+            let starts = opened.text_starts()?;
             let index = length(prompt - opened.shard.start().prompt);
-            let before = lengths.iter().take(index);
-            let start = before.fold(0, |sum: u64, &bytes| sum.saturating_add(bytes));
-            let bytes = lengths.get(index).copied().unwrap_or(0);
-            let range = (start, start.saturating_add(bytes));
+            let range = starts.get(index).copied().zip(starts.get(index + 1).copied());
+            let range = range.unwrap_or_default();
             let text = opened.shard.side_span(Side::PromptText, range)?;
             Ok(Some(String::from_utf8_lossy(&text).into_owned()))
         })

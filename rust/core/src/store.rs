@@ -43,6 +43,7 @@ pub(crate) struct View {
 pub(crate) struct Opened {
     pub(crate) shard: Shard,
     prompts: OnceLock<PromptIndex>,
+    texts: OnceLock<Vec<u64>>,
     checked: [OnceLock<()>; 3],
 }
 
@@ -92,6 +93,21 @@ impl Opened {
             }
         }
         Ok(self.prompts.get_or_init(|| PromptIndex { rows, lengths, starts, ids }))
+    }
+
+    /// Returns where each prompt's text starts, counted in this shard, and where the last one
+    /// ends; read and checked at the first call.
+    pub(crate) fn text_starts(&self) -> Result<&[u64]> {
+        if let Some(starts) = self.texts.get() {
+            return Ok(starts);
+        }
+        let lengths = self.shard.side_u64(Side::PromptTextLength)?;
+        let (mut starts, end) = sums(0, &lengths);
+        if end != self.shard.entry().text_bytes {
+            return Err(self.shard.does_not_add_up(Side::PromptTextLength));
+        }
+        starts.push(end);
+        Ok(self.texts.get_or_init(|| starts))
     }
 
     /// Returns the bytes of a row table, checked at the first call.
@@ -153,8 +169,12 @@ impl View {
             return Err(Error::NotFound { path });
         };
         let shard = Shard::open(disk, &self.manifest.plan, entry, start)?.mapped()?;
-        let opened = Opened { shard, prompts: OnceLock::new(), checked: Default::default() };
-        let opened = Arc::new(opened);
+        let opened = Arc::new(Opened {
+            shard,
+            prompts: OnceLock::new(),
+            texts: OnceLock::new(),
+            checked: Default::default(),
+        });
         shards.insert(index, Arc::clone(&opened));
         Ok(opened)
     }
@@ -282,6 +302,9 @@ impl Store {
                 reloads <= MAX_RELOADS
                     && found.store == self.manifest.store
                     && found.version > source
+                    // Rows are only ever added; what has fewer cannot answer for ours.
+                    && matches!(found.totals(), (rows, prompts)
+                        if rows >= self.rows && prompts >= self.prompts)
             });
             let Some(found) = found else {
                 return Err(Error::Missing { place, version: source });

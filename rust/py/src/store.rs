@@ -326,6 +326,13 @@ impl Store {
     /// Return a checked copy of the rows `start..stop` of a site.
     fn read(&self, py: Python<'_>, site: usize, start: i64, stop: i64) -> PyResult<Tensor> {
         let (dtype, feature, bytes) = self.site(py, site)?;
+        // Refused before anything of that size is made.
+        let limit = self.store.rows();
+        for row in [start, stop] {
+            if u64::try_from(row).map_or(true, |row| row > limit) {
+                return Err(convert(py, &lamina_core::Error::Row { row, rows: limit }));
+            }
+        }
         let rows: Vec<i64> = (start..stop).collect();
         let mut map = OwnedMap::anonymous(rows.len().saturating_mul(bytes))
             .map_err(|error| convert(py, &error.into()))?;
