@@ -11,8 +11,9 @@ use crate::shard::length;
 use crate::source::Source;
 use crate::stats;
 
-/// Bytes moved at a time: whole checksum blocks, small enough for the second-level cache.
-const CHUNK_BYTES: usize = 512 * 1024;
+/// Bytes moved at a time, up to a multiple of it in the file: the page cache then holds them as
+/// one page of this size, and a mapping costs one fault for it.
+const CHUNK_BYTES: usize = 2 << 20;
 
 /// A tensor's bytes from `offset` of a file on.
 #[derive(Debug)]
@@ -85,7 +86,8 @@ impl Stream {
         let (mut nan, mut infinite) = (0, 0);
         let mut done = 0;
         while done < bytes {
-            scratch.resize(CHUNK_BYTES.min(bytes - done), 0);
+            let at = usize::try_from(self.offset + self.len()).unwrap_or_default();
+            scratch.resize((CHUNK_BYTES - at % CHUNK_BYTES).min(bytes - done), 0);
             source.copy_to(from + done, scratch);
             let (more_nan, more_infinite) = stats::not_finite(dtype, scratch);
             nan += more_nan;
