@@ -21,7 +21,6 @@ def main() -> None:
     rows, window = (524_288, 16_384) if options.full else (131_072, 16_384)
     rounds = options.rounds or (31 if options.full else 15)
     generator = np.random.default_rng(0)
-    values = generator.standard_normal((window, WIDTH), dtype=np.float32).astype(np.float16)
     with place(options.directory) as folder:
         sites = dict.fromkeys([SITE, *OTHERS], (WIDTH, "float16"))
         with (
@@ -31,6 +30,8 @@ def main() -> None:
             (folder / "raw.bin").open("wb") as raw,
         ):
             for _ in range(rows // window):
+                values = generator.standard_normal((window, WIDTH), dtype=np.float32)
+                values = values.astype(np.float16)
                 writer.append(dict.fromkeys(sites, values))
                 raw.write(values)
 
