@@ -181,12 +181,12 @@ impl Job {
 
     /// Returns a capture of random windows: prompts longer than a shard, without rows, none.
     pub fn random(random: &mut Random, windows: usize) -> Self {
-        let rows = random.pick(&[4, 16, 64]);
+        let rows = random.pick(&[2, 4, 16]);
         let windows: Vec<Vec<(u64, u64)>> = (0..windows)
             .map(|_| {
-                (0..random.below(5))
+                (0..random.below(4))
                     .map(|_| {
-                        let length = random.pick(&[1, 2, 5, 16, 40, 90]);
+                        let length = random.pick(&[1, 1, 2, rows / 2, rows, 2 * rows + 1]);
                         let some = random.below(length + 1);
                         (random.pick(&[0, length, length, some]), length)
                     })
