@@ -78,7 +78,7 @@ def test_a_window_holds_what_fits_but_never_less_than_one_batch() -> None:
 
 def test_a_window_of_small_rows_still_ends_after_some_batches() -> None:
     windows = windows_of([1] * 100, window_bytes=1 << 40)
-    assert [w.prompts for w in windows] == [2 * BATCHES_PER_WINDOW] * 3 + [4]
+    assert [w.prompts for w in windows] == [2 * BATCHES_PER_WINDOW] * 6 + [4]
 
 
 def test_windows_do_not_depend_on_what_comes_after() -> None:

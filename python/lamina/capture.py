@@ -188,9 +188,6 @@ def capture(
         writer = _core.Writer(directory)
         try:
             return _write(request, writer, shown, commit_seconds)
-        except KeyboardInterrupt as error:
-            shown.say("\n".join(["interrupted", *getattr(error, "__notes__", [])]))
-            raise
         finally:
             shown.clear()
             writer.close()

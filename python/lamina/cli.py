@@ -45,8 +45,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for note in getattr(error, "__notes__", ()):
             print(f"  {note}", file=sys.stderr)
         return _REFUSED
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("lamina: interrupted", file=sys.stderr)
+        for note in getattr(error, "__notes__", ()):  # of a capture: how it goes on
+            print(f"  {note}", file=sys.stderr)
         return _INTERRUPTED
     except BrokenPipeError:
         # Whoever read the output has seen enough; nothing more may be written to it at exit.

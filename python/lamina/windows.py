@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BATCHES_PER_WINDOW", "Window", "check_positions", "compose", "destinations", "plan"]
 
-BATCHES_PER_WINDOW = 16
+BATCHES_PER_WINDOW = 8
 """A window has no more prompts than this many batches: a crash costs little also for small rows."""
 
 PROMPTS_AT_A_TIME = 65_536
