@@ -110,6 +110,7 @@ impl Writer {
             about,
             plan: Arc::new(plan),
             shards: Vec::new(),
+            further_groups: 0,
         };
         publish::publish_version(&*disk, &*lock, &manifest)?;
         Ok(Self::over(disk, lock, manifest, None, pace))
@@ -131,6 +132,11 @@ impl Writer {
         };
         publish::check_format(&*disk)?;
         let manifest = publish::read_version(&*disk, newest)?;
+        if manifest.further_groups > 0 {
+            let found =
+                format!("{} with groups of sites that a later version added", crate::FORMAT);
+            return Err(Error::Newer { path: disk.root().to_owned(), found });
+        }
         let previous = match versions.get(1).map(|&version| publish::read_version(&*disk, version))
         {
             // The version before may be damaged; then only the newest is kept.
@@ -197,8 +203,9 @@ impl Writer {
         }
         let (total, plan) = (self.pace.rows_total, &self.manifest.plan);
         let start = filling::start_after(&self.full);
-        let filling = Filling::rebuild(&*self.disk, plan, total, pieces, start)?;
-        self.filling = Some(filling);
+        let version = self.manifest.version;
+        let filling = Filling::rebuild(&*self.disk, plan, total, pieces, start);
+        self.filling = Some(filling.map_err(|error| error.at_version(version))?);
         Ok(())
     }
 
@@ -233,7 +240,12 @@ impl Writer {
 
     /// Runs a step after which, if it fails, nothing is known of the files: the writer ends.
     fn or_end<T>(&mut self, step: impl FnOnce(&mut Self) -> Result<T>) -> Result<T> {
+        // A step that panics ends the writer, too.
+        self.ended = Some(String::from("an earlier step was cut short"));
         let result = step(self);
+        if result.is_ok() {
+            self.ended = None;
+        }
         if let Err(error) = &result {
             self.ended = Some(format!("an earlier step failed: {error}"));
             self.filling = None;

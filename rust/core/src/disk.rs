@@ -417,7 +417,9 @@ impl DiskFile for OpenFile {
         if bytes == 0 {
             return Ok(());
         }
-        match rustix::fs::fallocate(&self.file, FallocateFlags::KEEP_SIZE, 0, bytes) {
+        // A signal (Ctrl-C) may cut a long reservation short; that is no reason to end a capture.
+        let reserve = || rustix::fs::fallocate(&self.file, FallocateFlags::KEEP_SIZE, 0, bytes);
+        match rustix::io::retry_on_intr(reserve) {
             // A file system that cannot reserve says when it is full.
             Ok(()) | Err(Errno::OPNOTSUPP | Errno::NOSYS) => Ok(()),
             Err(source) => Err(self.write_error(bytes, source.into())),

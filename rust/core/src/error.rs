@@ -266,6 +266,15 @@ impl Error {
         full.then(|| rustix::io::Errno::NOSPC.raw_os_error())
     }
 
+    /// Returns the error of a missing shard with the version that names it; others as they are.
+    #[must_use]
+    pub fn at_version(mut self, newest: u64) -> Self {
+        if let Self::Missing { version, .. } = &mut self {
+            *version = newest;
+        }
+        self
+    }
+
     /// Returns whether this is the system saying that a file does not exist.
     pub fn is_not_found(&self) -> bool {
         matches!(self, Self::Io { source, .. } if source.kind() == io::ErrorKind::NotFound)

@@ -202,12 +202,12 @@ pub(crate) fn start_after(shards: &[Entry]) -> Start {
 /// Completes the place of damage in the shard being filled, which follows the shards `full`:
 /// it ends with the rows and prompts appended so far.
 pub(crate) fn located(error: Error, full: &[Entry], (rows, prompts): (u64, u64)) -> Error {
-    match error {
-        Error::Damaged { mut place, found } if publish::is_part(&place.shard) => {
-            place.rows.1 = place.rows.1.min(rows).max(place.rows.0);
-            place.prompts = (start_after(full).prompt.saturating_sub(1), prompts);
-            Error::Damaged { place, found }
-        }
-        other => other,
+    let mut error = error;
+    if let Error::Damaged { place, .. } = &mut error
+        && publish::is_part(&place.shard)
+    {
+        place.rows.1 = place.rows.1.min(rows).max(place.rows.0);
+        place.prompts = (start_after(full).prompt.saturating_sub(1), prompts);
     }
+    error
 }

@@ -8,7 +8,7 @@
 use std::collections::BTreeSet;
 use std::fmt::Debug;
 use std::io::Write as _;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{BorrowedFd, IntoRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -132,6 +132,8 @@ impl Lock for FileLock {
 impl Drop for FileLock {
     fn drop(&mut self) {
         if std::process::id() != self.process {
+            // Left open: closing it would drop a lock that this forked child took itself since.
+            let _ = self.file.take().map(IntoRawFd::into_raw_fd);
             return;
         }
         let mut held = HELD.lock().unwrap_or_else(PoisonError::into_inner);

@@ -3,7 +3,10 @@
 //! Two lines: canonical JSON, and 128 bits of BLAKE3 over it in hex. Unknown fields are ignored
 //! (a later minor version may add some); duplicate ones are refused.
 
-use serde::{Deserialize, Serialize};
+use std::marker::PhantomData;
+
+use serde::de::{Error, IgnoredAny, SeqAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::value::RawValue;
 
 use crate::checksum;
@@ -99,7 +102,46 @@ struct Body<'a> {
     identity: Box<RawValue>,
     about: Box<RawValue>,
     #[serde(borrow)]
-    groups: Vec<GroupBody<'a>>,
+    groups: Groups<'a>,
+}
+
+/// The first group is dense. Further ones are a later version's: their sites are not known here,
+/// and nothing else of the store depends on them.
+struct Groups<'a> {
+    dense: GroupBody<'a>,
+    further: u64,
+}
+
+impl Serialize for Groups<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        [&self.dense].serialize(serializer)
+    }
+}
+
+impl<'de: 'a, 'a> Deserialize<'de> for Groups<'a> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct First<'a>(PhantomData<&'a ()>);
+
+        impl<'de: 'a, 'a> Visitor<'de> for First<'a> {
+            type Value = Groups<'a>;
+
+            fn expecting(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                formatter.write_str("a list of groups, the first of them dense")
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut groups: A) -> Result<Groups<'a>, A::Error> {
+                let dense = groups.next_element()?;
+                let dense = dense.ok_or_else(|| Error::invalid_length(0, &self))?;
+                let mut further = 0;
+                while groups.next_element::<IgnoredAny>()?.is_some() {
+                    further += 1;
+                }
+                Ok(Groups { dense, further })
+            }
+        }
+
+        deserializer.deserialize_seq(First(PhantomData))
+    }
 }
 
 #[derive(Serialize, Deserialize)]
@@ -132,6 +174,8 @@ pub struct Manifest {
     pub plan: std::sync::Arc<Plan>,
     /// Shards in row order: full ones, then at most R rows in short ones.
     pub shards: Vec<Entry>,
+    /// Groups that a later version of lamina added, and that this one leaves alone.
+    pub further_groups: u64,
 }
 
 impl Manifest {
@@ -169,12 +213,15 @@ impl Manifest {
             windows: self.windows,
             identity: self.identity.clone(),
             about: self.about.clone(),
-            groups: vec![GroupBody {
-                rows_per_shard: self.plan.rows_per_shard(),
-                texts: self.plan.texts(),
-                sites,
-                shards: self.shards.clone(),
-            }],
+            groups: Groups {
+                further: 0,
+                dense: GroupBody {
+                    rows_per_shard: self.plan.rows_per_shard(),
+                    texts: self.plan.texts(),
+                    sites,
+                    shards: self.shards.clone(),
+                },
+            },
         };
         let mut bytes = serde_json::to_vec(&body)?;
         let check = checksum::name([bytes.as_slice()]);
@@ -211,10 +258,7 @@ impl Manifest {
                 return Err(format!("it nests deeper than {MAX_DEPTH} levels"));
             }
         }
-        let [group]: [GroupBody<'_>; 1] = body
-            .groups
-            .try_into()
-            .map_err(|groups: Vec<_>| format!("it has {} groups, not one", groups.len()))?;
+        let Groups { dense: group, further } = body.groups;
         let sites = group
             .sites
             .into_iter()
@@ -236,6 +280,7 @@ impl Manifest {
             about: body.about,
             plan: std::sync::Arc::new(plan),
             shards: group.shards,
+            further_groups: further,
         })
     }
 }
@@ -333,6 +378,7 @@ mod tests {
                 head: 0,
                 counts: vec![[0, 1, 2, 3]],
             }],
+            further_groups: 0,
         }
     }
 
@@ -376,6 +422,16 @@ mod tests {
     fn depth_counts_brackets_outside_strings() {
         assert_eq!(depth(r#"{"a":[1,{"b":"]]}}\"[["}]}"#), 3);
         assert_eq!(depth("1"), 0);
+    }
+
+    #[test]
+    fn groups_of_a_later_version_are_left_alone() {
+        let read = resealed(|body| {
+            body.replacen(r#"}]}]}"#, r#"}]},{"kind":"ragged","sites":[["x","F16"]]}]}"#, 1)
+        });
+        let read = read.unwrap();
+        assert_eq!((read.further_groups, read.totals()), (1, (8, 1)));
+        assert!(resealed(|body| body.replacen(r#"}]}]}"#, r#"}]},7]"#, 1)).is_err());
     }
 
     #[test]

@@ -59,9 +59,9 @@ pub(crate) fn check_format(disk: &dyn Disk) -> Result<bool> {
         Err(error) if error.is_not_found() && unready()? => return Ok(false),
         other => other?,
     };
-    let mut text = vec![0; crate::shard::length(file.id()?.bytes.min(64))];
-    file.read_at(0, &mut text)?;
-    let text = String::from_utf8_lossy(&text).into_owned();
+    let mut bytes = vec![0; crate::shard::length(file.id()?.bytes.min(64))];
+    file.read_at(0, &mut bytes)?;
+    let text = String::from_utf8_lossy(&bytes).into_owned();
     let found = text.lines().next().unwrap_or_default().to_owned();
     let major = found.strip_prefix("lamina ").and_then(|rest| {
         let (major, minor) = rest.split_once('.')?;
@@ -70,7 +70,16 @@ pub(crate) fn check_format(disk: &dyn Disk) -> Result<bool> {
     });
     match major {
         Some(1) => Ok(true),
-        None if unready()? => Ok(false),
+        None if unready()? => {
+            // What a crash may leave of ours is its beginning, then zeros. Any other file is not ours.
+            let written = bytes.iter().rposition(|&byte| byte != 0).map_or(0, |last| last + 1);
+            bytes.truncate(written);
+            if format!("{}\n", crate::FORMAT).as_bytes().starts_with(&bytes) {
+                return Ok(false);
+            }
+            let found = vec![String::from(FORMAT_FILE)];
+            Err(Error::Foreign { path: disk.root().to_owned(), found })
+        }
         _ => Err(Error::Newer { path: disk.root().to_owned(), found }),
     }
 }
