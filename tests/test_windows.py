@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from lamina.errors import PositionError
 from lamina.positions import make_batch, parse_positions, spans
 from lamina.windows import (
-    BATCHES_PER_WINDOW,
     Window,
     check_positions,
     compose,
@@ -20,7 +19,7 @@ from lamina.windows import (
 
 
 def windows_of(lengths: Any, positions: Any = None, **options: Any) -> list[Window]:
-    chosen = {"row_bytes": 10, "batch_size": 2, "window_bytes": 80} | options
+    chosen = {"row_bytes": 10, "batch_size": 2, "window_bytes": 80, "window_batches": 16} | options
     return list(plan(np.array(lengths, dtype=np.uint64), parse_positions(positions), **chosen))
 
 
@@ -77,8 +76,8 @@ def test_a_window_holds_what_fits_but_never_less_than_one_batch() -> None:
 
 
 def test_a_window_of_small_rows_still_ends_after_some_batches() -> None:
-    windows = windows_of([1] * 100, window_bytes=1 << 40)
-    assert [w.prompts for w in windows] == [2 * BATCHES_PER_WINDOW] * 6 + [4]
+    windows = windows_of([1] * 100, window_bytes=1 << 40, window_batches=8)
+    assert [w.prompts for w in windows] == [16] * 6 + [4]
 
 
 def test_windows_do_not_depend_on_what_comes_after() -> None:

@@ -75,6 +75,7 @@ class Work:
             row_bytes=sum(self.row_bytes),
             batch_size=self.options.batch_size,
             window_bytes=self.options.window_bytes,
+            window_batches=self.options.window_batches,
         )
 
 

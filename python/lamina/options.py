@@ -43,6 +43,8 @@ class Options:
         overflow: What happens when a cast makes a finite value infinite.
         texts: Whether the prompts' texts are kept, where every prompt has one.
         window_bytes: How many bytes of rows a window may hold (one batch at least).
+        window_batches: How many batches of prompts a window may hold, so that a crash costs little
+            where rows are small too. No argument sets it; it is recorded for later versions.
         shard_bytes: How many bytes of rows a full shard may hold.
     """
 
@@ -55,6 +57,7 @@ class Options:
     overflow: str = "report"
     texts: bool = True
     window_bytes: int = 1 << 28
+    window_batches: int = 8
     shard_bytes: int = 1 << 30
 
     @classmethod

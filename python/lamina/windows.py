@@ -24,10 +24,7 @@ if TYPE_CHECKING:
 
     Integers: TypeAlias = NDArray[np.int64]
 
-__all__ = ["BATCHES_PER_WINDOW", "Window", "check_positions", "compose", "destinations", "plan"]
-
-BATCHES_PER_WINDOW = 8
-"""A window has no more prompts than this many batches: a crash costs little also for small rows."""
+__all__ = ["Window", "check_positions", "compose", "destinations", "plan"]
 
 PROMPTS_AT_A_TIME = 65_536
 NAMED = 8
@@ -88,11 +85,12 @@ def plan(
     row_bytes: int,
     batch_size: int,
     window_bytes: int,
+    window_batches: int,
 ) -> Iterator[Window]:
     """Yield the windows in order.
 
     A window takes prompts until its rows reach `window_bytes`, but never fewer than fill one
-    batch, and never more than `BATCHES_PER_WINDOW` batches of prompts.
+    batch, and never more prompts than `window_batches` batches.
 
     Args:
         lengths: Tokens per prompt.
@@ -100,11 +98,12 @@ def plan(
         row_bytes: Bytes of one row of all sites.
         batch_size: Prompts per batch.
         window_bytes: How many bytes of rows a window may hold.
+        window_batches: How many batches of prompts a window may hold.
     """
     import numpy as np
 
     number = prompt = row = token = 0
-    most = batch_size * BATCHES_PER_WINDOW
+    most = batch_size * window_batches
     while prompt < len(lengths):
         sizes = np.asarray(lengths[prompt : prompt + most], dtype=np.int64)
         counts, flat = select(sizes, positions, "drop")
