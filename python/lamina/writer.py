@@ -306,7 +306,10 @@ class Writer:
     def close(self) -> None:
         """Commit, mark the store complete, and release it; nothing if the writer has ended."""
         if self._open:
-            self._ended = (self.rows, self.prompts, self.version + 1)
+            core = self._core
+            # Finishing makes a version, unless the store is complete and nothing was added.
+            changed = not core.complete or core.windows != core.committed_windows
+            self._ended = (self.rows, self.prompts, self.version + changed)
             self._open = False
             try:
                 self._core.finish()

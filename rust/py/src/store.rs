@@ -184,27 +184,27 @@ impl Store {
         self.store.plan().rows_per_shard()
     }
 
-    /// The shards: `(file name, first row, rows, first prompt, prompts, bytes, full)` each.
+    /// The shards: `(file name, first row, rows, first prompt, prompts, bytes, full)` each; 0 bytes
+    /// where no file can be as the manifest says.
     #[getter]
-    fn shards(&self, py: Python<'_>) -> PyResult<Vec<ShardTuple>> {
+    fn shards(&self) -> Vec<ShardTuple> {
         let plan = self.store.plan();
         let mut start = Start::default();
         let mut shards = Vec::new();
         for entry in &self.store.manifest().shards {
-            let layout = plan.layout(&entry.size()).map_err(|error| convert(py, &error))?;
             shards.push((
                 entry.file_name(),
                 start.row,
                 entry.rows,
                 start.prompt,
                 entry.prompts,
-                layout.file_bytes,
+                plan.layout(&entry.size()).map_or(0, |layout| layout.file_bytes),
                 entry.rows == plan.rows_per_shard(),
             ));
             start.row += entry.rows;
             start.prompt += entry.prompts;
         }
-        Ok(shards)
+        shards
     }
 
     /// Return how each site's column is mapped: "2 MiB", "64 KiB", "4 KiB" or "copy".
