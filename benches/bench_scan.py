@@ -1,7 +1,7 @@
 """Warm scan: every byte of a column of several shards, against np.memmap of one raw file.
 
-Each round opens and maps anew; both are then folded with the same NumPy call. Goal: at least 0.95
-times as fast.
+Once with everything opened and mapped anew, once more through the same mapping; both are folded
+with the same NumPy call. Goal: a mapped column at least 0.95 times as fast.
 """
 
 import statistics
@@ -12,6 +12,7 @@ import lamina as lm
 from measure import arguments, compare, place, ratios, show, timed
 
 SITE, WIDTH = "model.layers[0].output", 768
+BASELINES = {"lamina": "np.memmap", "lamina, opened anew": "np.memmap, opened anew"}
 OTHERS = [f"model.layers[{layer}].output" for layer in range(1, 4)]
 
 
@@ -35,25 +36,34 @@ def main() -> None:
                 writer.append(dict.fromkeys(sites, values))
                 raw.write(values)
 
-        def scan_lamina() -> np.uint64:
-            return fold(lm.open(folder / "acts")[SITE].numpy())
+        def lamina() -> np.ndarray:
+            return lm.open(folder / "acts")[SITE].numpy()
 
-        def scan_memmap() -> np.uint64:
-            return fold(np.memmap(folder / "raw.bin", np.float16, "r").reshape(rows, WIDTH))
+        def memmap() -> np.ndarray:
+            return np.memmap(folder / "raw.bin", np.float16, "r").reshape(rows, WIDTH)
 
-        assert scan_lamina() == scan_memmap()
-        seconds = compare({"lamina": timed(scan_lamina), "np.memmap": timed(scan_memmap)}, rounds)
+        mapped, raw_mapped = lamina(), memmap()
+        assert fold(mapped) == fold(raw_mapped)
+        seconds = compare(
+            {
+                "lamina": timed(lambda: fold(mapped)),
+                "np.memmap": timed(lambda: fold(raw_mapped)),
+                "lamina, opened anew": timed(lambda: fold(lamina())),
+                "np.memmap, opened anew": timed(lambda: fold(memmap())),
+            },
+            rounds,
+        )
         shards = len(list((folder / "acts" / "shards").glob("*")))
     size = rows * WIDTH * 2
     show(
         "Warm scan of a column",
-        ["", "ms", "GB/s", "lamina is faster by"],
+        ["", "ms", "GB/s", "faster than np.memmap by"],
         [
             [
                 name,
                 f"{statistics.median(taken) * 1e3:.1f}",
                 f"{size / statistics.median(taken) / 1e9:.1f}",
-                "" if name == "lamina" else f"{ratios(seconds, 'lamina', name):.2f}×",
+                "" if "memmap" in name else f"{ratios(seconds, name, BASELINES[name]):.2f}×",
             ]
             for name, taken in seconds.items()
         ],
