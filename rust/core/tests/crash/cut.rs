@@ -6,8 +6,8 @@ use std::path::Path;
 
 use lamina_core::disk::Folder;
 
+use crate::random::Random;
 use crate::record::{Change, Log};
-use crate::support::Random;
 
 const FOLDERS: [Folder; 3] = [Folder::Root, Folder::Manifests, Folder::Shards];
 /// What a disk writes whole or not at all.
@@ -58,7 +58,7 @@ fn apply(entries: &mut BTreeMap<String, usize>, change: &EntryChange) {
 
 /// The state of a disk: what is seen, and what of it is durable.
 #[derive(Clone, Debug, Default)]
-pub struct Model {
+pub(crate) struct Model {
     files: Vec<Bytes>,
     folders: BTreeMap<Folder, Entries>,
     made: bool,
@@ -67,14 +67,14 @@ pub struct Model {
 
 /// What a disk holds.
 #[derive(Clone, Debug, Default)]
-pub struct Image {
+pub(crate) struct Image {
     files: BTreeMap<(Folder, String), Vec<u8>>,
     folders: Vec<Folder>,
 }
 
 impl Image {
     /// Writes it out as a directory.
-    pub fn write_to(&self, path: &Path) {
+    pub(crate) fn write_to(&self, path: &Path) {
         for folder in &self.folders {
             std::fs::create_dir_all(path.join(folder.name())).unwrap();
         }
@@ -84,7 +84,7 @@ impl Image {
     }
 
     /// Returns a log, and the model that goes with it, that begin here: all is durable.
-    pub fn continued(&self) -> (Log, Model) {
+    pub(crate) fn continued(&self) -> (Log, Model) {
         let mut model = Model { made: self.folders.len() > 1, ..Model::default() };
         model.made_durable = model.made;
         let mut names = BTreeMap::new();
@@ -106,7 +106,7 @@ impl Image {
 
 impl Model {
     /// Takes one change.
-    pub fn apply(&mut self, change: &Change) {
+    pub(crate) fn apply(&mut self, change: &Change) {
         match change {
             Change::MakeFolders => self.made = true,
             Change::Create(folder, name, file) => {
@@ -155,7 +155,7 @@ impl Model {
     }
 
     /// Returns what is seen now: what a kill leaves.
-    pub fn as_seen(&self) -> Image {
+    pub(crate) fn as_seen(&self) -> Image {
         self.image(
             |folder| (self.made || folder == Folder::Root, folder_now(self, folder)),
             |file| file.current.clone(),
@@ -163,7 +163,7 @@ impl Model {
     }
 
     /// Returns what a power cut may leave.
-    pub fn cut(&self, random: &mut Random) -> Image {
+    pub(crate) fn cut(&self, random: &mut Random) -> Image {
         let mut draw = Random(random.next());
         let mut bytes_draw = Random(random.next());
         self.image(

@@ -9,6 +9,7 @@
 
 mod cut;
 mod power;
+mod random;
 mod record;
 mod run;
 mod stop;

@@ -5,9 +5,10 @@ use std::collections::BTreeMap;
 use lamina_core::disk::Folder;
 
 use crate::cut::{Image, Model};
+use crate::random::{self, Random};
 use crate::record::{Change, Failure, Log, Recorder};
 use crate::run::{Course, Progress};
-use crate::support::{Job, Random, folder};
+use crate::support::{Job, folder};
 
 /// A capture, what happened to it so far, and how it should end.
 struct Case {
@@ -19,7 +20,7 @@ struct Case {
 impl Case {
     /// Runs a capture that is closed, killed and resumed a few times, writing down every change.
     fn new(random: &mut Random, windows: usize) -> Self {
-        let job = Job::random(random, windows);
+        let job = random::job(random, windows);
         let names = job.names();
         let directory = folder();
         let log = Log::over(BTreeMap::new());

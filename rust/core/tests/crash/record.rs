@@ -10,7 +10,7 @@ use lamina_core::{Error, Lock, Result};
 
 /// One change of the disk, or a note of the writer's progress between them.
 #[derive(Clone, Debug)]
-pub enum Change {
+pub(crate) enum Change {
     MakeFolders,
     Create(Folder, String, usize),
     Write(usize, u64, Vec<u8>),
@@ -27,7 +27,7 @@ pub enum Change {
 
 /// When, and how, the disk fails.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Failure {
+pub(crate) enum Failure {
     Never,
     /// After this many operations every further one fails: the process is gone.
     Stop(usize),
@@ -48,11 +48,11 @@ struct State {
 
 /// What was written down, shared by all disks over one directory.
 #[derive(Clone, Debug)]
-pub struct Log(Arc<Mutex<State>>);
+pub(crate) struct Log(Arc<Mutex<State>>);
 
 impl Log {
     /// Begins a log over a directory in which these files are numbered already.
-    pub fn over(names: BTreeMap<(Folder, String), usize>) -> Self {
+    pub(crate) fn over(names: BTreeMap<(Folder, String), usize>) -> Self {
         Self(Arc::new(Mutex::new(State {
             changes: Vec::new(),
             operations: 0,
@@ -63,7 +63,7 @@ impl Log {
         })))
     }
 
-    pub fn note(&self, change: Change) {
+    pub(crate) fn note(&self, change: Change) {
         let mut state = self.0.lock().unwrap();
         let names = &mut state.names;
         match &change {
@@ -93,22 +93,17 @@ impl Log {
         state.changes.push(change);
     }
 
-    pub fn changes(&self) -> Vec<Change> {
+    pub(crate) fn changes(&self) -> Vec<Change> {
         self.0.lock().unwrap().changes.clone()
     }
 
-    /// Returns how many operations there were, reads included.
-    pub fn operations(&self) -> usize {
-        self.0.lock().unwrap().operations
-    }
-
     /// Returns how many fsyncs were asked for after one had failed.
-    pub fn syncs_after_failure(&self) -> usize {
+    pub(crate) fn syncs_after_failure(&self) -> usize {
         self.0.lock().unwrap().syncs_after_failure
     }
 
     /// Counts operations anew from here on.
-    pub fn fail(&self, failure: Failure) {
+    pub(crate) fn fail(&self, failure: Failure) {
         let mut state = self.0.lock().unwrap();
         state.operations = 0;
         state.syncs_after_failure = 0;
@@ -153,13 +148,13 @@ impl Log {
 
 /// The disk.
 #[derive(Debug)]
-pub struct Recorder {
+pub(crate) struct Recorder {
     inner: Directory,
     log: Log,
 }
 
 impl Recorder {
-    pub fn over(path: &Path, log: &Log) -> Arc<dyn Disk> {
+    pub(crate) fn over(path: &Path, log: &Log) -> Arc<dyn Disk> {
         Arc::new(Self { inner: Directory::create(path).unwrap(), log: log.clone() })
     }
 }

@@ -8,22 +8,23 @@ use std::time::Duration;
 use lamina_core::disk::{Disk, Folder};
 use lamina_core::{Error, Result, Store, Writer};
 
+use crate::random::Random;
 use crate::record::{Change, Log};
-use crate::support::{Job, Random, shard_names, verify};
+use crate::support::{Job, shard_names, verify};
 
 /// When a run commits, and where it ends.
 #[derive(Clone, Debug)]
-pub struct Course {
+pub(crate) struct Course {
     /// For each window, whether a commit follows it.
-    pub commits: Vec<bool>,
+    pub(crate) commits: Vec<bool>,
     /// Whether every append commits by itself.
-    pub timed: bool,
+    pub(crate) timed: bool,
     /// Windows after which the writer is closed, without a commit; all of them: it is finished.
-    pub windows: usize,
+    pub(crate) windows: usize,
 }
 
 impl Course {
-    pub fn random(random: &mut Random, job: &Job) -> Self {
+    pub(crate) fn random(random: &mut Random, job: &Job) -> Self {
         let percent = random.pick(&[0, 40, 70, 100]);
         Self {
             commits: job.windows.iter().map(|_| random.chance(percent)).collect(),
@@ -32,12 +33,12 @@ impl Course {
         }
     }
 
-    pub fn closed_after(self, windows: usize) -> Self {
+    pub(crate) fn closed_after(self, windows: usize) -> Self {
         Self { windows, ..self }
     }
 
     /// Runs a capture from where the store is; returns the names of its shards.
-    pub fn run(&self, disk: &Arc<dyn Disk>, log: &Log, job: &Job) -> Result<Vec<String>> {
+    pub(crate) fn run(&self, disk: &Arc<dyn Disk>, log: &Log, job: &Job) -> Result<Vec<String>> {
         let every = if self.timed { Duration::ZERO } else { Duration::from_secs(1 << 30) };
         let pace = job.paced(every);
         let is_new = !disk.list(Folder::Manifests)?.iter().any(|name| name.ends_with(".json"));
@@ -81,7 +82,7 @@ fn acknowledge(log: &Log, writer: &Writer) {
 
 /// What is known of a store's versions.
 #[derive(Clone, Debug, Default)]
-pub struct Progress {
+pub(crate) struct Progress {
     /// Windows of each version that was acknowledged.
     versions: BTreeMap<u64, u64>,
     /// Windows of the version that may come next.
@@ -89,7 +90,7 @@ pub struct Progress {
 }
 
 impl Progress {
-    pub fn apply(&mut self, change: &Change) {
+    pub(crate) fn apply(&mut self, change: &Change) {
         match change {
             Change::Committing(windows) => self.next = Some(*windows),
             Change::Acknowledged(version, windows) => {
@@ -100,7 +101,7 @@ impl Progress {
         }
     }
 
-    pub fn of(changes: &[Change]) -> Self {
+    pub(crate) fn of(changes: &[Change]) -> Self {
         let mut progress = Self::default();
         changes.iter().for_each(|change| progress.apply(change));
         progress
@@ -113,7 +114,7 @@ impl Progress {
     /// Says what is wrong with the store at `path`: it must be at the version that was
     /// acknowledged or at the next one, whole, and the version before must be there too.
     /// Returns what is known now.
-    pub fn examine(&self, path: &Path, job: &Job) -> std::result::Result<Self, String> {
+    pub(crate) fn examine(&self, path: &Path, job: &Job) -> std::result::Result<Self, String> {
         let store = match Store::open(path, None) {
             Ok(store) => store,
             Err(Error::NotReady { .. } | Error::NotFound { .. }) if self.newest().is_none() => {

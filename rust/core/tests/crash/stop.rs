@@ -3,9 +3,10 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use crate::random::{self, Random};
 use crate::record::{Failure, Log, Recorder};
 use crate::run::{Course, Progress};
-use crate::support::{Job, Random, folder};
+use crate::support::{Job, folder};
 
 /// Captures with a disk that fails as `failure` says, after a first run that was closed after
 /// `first` windows; then the store is examined and the capture is run to its end. Returns whether
@@ -54,7 +55,7 @@ fn left_over(path: &Path, shards: usize) -> usize {
 
 fn at_every_operation(seed: u64, windows: usize, failure: impl Fn(usize) -> Failure) {
     let mut random = Random(seed);
-    let job = Job::random(&mut random, windows);
+    let job = random::job(&mut random, windows);
     let names = job.names();
     let course = Course::random(&mut random, &job);
     let first = random.index(windows);

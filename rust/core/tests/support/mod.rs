@@ -11,50 +11,20 @@ use lamina_core::source::Source;
 use lamina_core::{NewStore, Pace, Store, Window, Writer};
 use tempfile::TempDir;
 
-/// A small generator of numbers (splitmix64), so that a seed says everything.
-pub struct Random(pub u64);
-
-impl Random {
-    pub fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut mixed = self.0;
-        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        mixed ^ (mixed >> 31)
-    }
-
-    /// Returns a number below `limit`, which is not zero.
-    pub fn below(&mut self, limit: u64) -> u64 {
-        self.next() % limit
-    }
-
-    pub fn index(&mut self, limit: usize) -> usize {
-        usize::try_from(self.below(limit as u64)).unwrap()
-    }
-
-    pub fn chance(&mut self, percent: u64) -> bool {
-        self.below(100) < percent
-    }
-
-    pub fn pick<T: Copy>(&mut self, values: &[T]) -> T {
-        values[self.index(values.len())]
-    }
-}
-
 /// The numbers of a few windows: what was appended, and what a store must give back.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct Data {
-    pub columns: [Vec<u8>; 2],
-    pub tokens: Vec<u8>,
-    pub positions: Vec<u32>,
-    pub flags: Vec<u8>,
-    pub prompt_rows: Vec<u64>,
-    pub prompt_lengths: Vec<u64>,
-    pub prompt_ids: Vec<u8>,
-    pub texts: Vec<String>,
-    pub overflow: Vec<(u64, u64, u64)>,
+pub(crate) struct Data {
+    pub(crate) columns: [Vec<u8>; 2],
+    pub(crate) tokens: Vec<u8>,
+    pub(crate) positions: Vec<u32>,
+    pub(crate) flags: Vec<u8>,
+    pub(crate) prompt_rows: Vec<u64>,
+    pub(crate) prompt_lengths: Vec<u64>,
+    pub(crate) prompt_ids: Vec<u8>,
+    pub(crate) texts: Vec<String>,
+    pub(crate) overflow: Vec<(u64, u64, u64)>,
     /// Per site: NaN, infinite, overflowed.
-    pub counts: [[u64; 3]; 2],
+    pub(crate) counts: [[u64; 3]; 2],
 }
 
 impl Data {
@@ -88,12 +58,12 @@ impl Data {
         self.texts.push(format!("prompt {prompt}, {} é", "x".repeat(prompt as usize % 9)));
     }
 
-    pub fn rows(&self) -> u64 {
+    pub(crate) fn rows(&self) -> u64 {
         self.positions.len() as u64
     }
 
     /// Lends the numbers as a window.
-    pub fn lend<T>(&self, with: impl FnOnce(&Window<'_>) -> T) -> T {
+    pub(crate) fn lend<T>(&self, with: impl FnOnce(&Window<'_>) -> T) -> T {
         let columns: [&dyn Source; 2] = [&self.columns[0], &self.columns[1]];
         with(&Window {
             columns: &columns,
@@ -133,28 +103,28 @@ fn token(prompt: u64, position: u64) -> u32 {
 
 /// A capture: its windows, and what decides the files.
 #[derive(Clone, Debug)]
-pub struct Job {
-    pub windows: Vec<Data>,
+pub(crate) struct Job {
+    pub(crate) windows: Vec<Data>,
     /// The numbers of the first n windows, for every n.
-    pub upto: Vec<Data>,
-    pub shard_bytes: u64,
+    pub(crate) upto: Vec<Data>,
+    pub(crate) shard_bytes: u64,
     /// Whether the number of rows is known from the start.
-    pub total: bool,
-    pub texts: bool,
+    pub(crate) total: bool,
+    pub(crate) texts: bool,
 }
 
-pub fn sites() -> Vec<SiteSpec> {
+pub(crate) fn sites() -> Vec<SiteSpec> {
     let site = |path: &str, dtype, shape| SiteSpec { path: path.to_owned(), dtype, shape };
     vec![site("model.a.output", Dtype::F32, vec![3]), site("model.b.output", Dtype::I8, vec![])]
 }
 
 /// Bytes that a row of these sites takes, row tables counted.
-pub const ROW_BYTES: u64 = 3 * 4 + 1 + 9;
+pub(crate) const ROW_BYTES: u64 = 3 * 4 + 1 + 9;
 
 impl Job {
     /// Returns the capture of these windows of `(rows, length)` prompts, with at most `rows` rows
     /// in a shard (a power of two).
-    pub fn new(windows: &[Vec<(u64, u64)>], rows: u64) -> Self {
+    pub(crate) fn new(windows: &[Vec<(u64, u64)>], rows: u64) -> Self {
         let (mut row, mut prompt) = (0, 0);
         let mut upto = vec![Data::default()];
         let windows: Vec<Data> = windows
@@ -175,31 +145,7 @@ impl Job {
         Self { windows, upto, shard_bytes: rows * ROW_BYTES, total: false, texts: true }
     }
 
-    pub fn with_total(self) -> Self {
-        Self { total: true, ..self }
-    }
-
-    /// Returns a capture of random windows: prompts longer than a shard, without rows, none.
-    pub fn random(random: &mut Random, windows: usize) -> Self {
-        let rows = random.pick(&[2, 4, 16]);
-        let windows: Vec<Vec<(u64, u64)>> = (0..windows)
-            .map(|_| {
-                (0..random.below(4))
-                    .map(|_| {
-                        let length = random.pick(&[1, 1, 2, rows / 2, rows, 2 * rows + 1]);
-                        let some = random.below(length + 1);
-                        (random.pick(&[0, length, length, some]), length)
-                    })
-                    .collect()
-            })
-            .collect();
-        let mut job = Self::new(&windows, rows);
-        job.total = random.chance(50);
-        job.texts = random.chance(50);
-        job
-    }
-
-    pub fn new_store(&self) -> NewStore {
+    pub(crate) fn new_store(&self) -> NewStore {
         NewStore {
             sites: sites(),
             identity: String::from(r#"{"made":"up"}"#),
@@ -210,39 +156,35 @@ impl Job {
     }
 
     /// Returns a pace that commits only when asked to.
-    pub fn pace(&self) -> Pace {
+    pub(crate) fn pace(&self) -> Pace {
         self.paced(Duration::from_secs(1 << 30))
     }
 
-    pub fn paced(&self, commit_every: Duration) -> Pace {
+    pub(crate) fn paced(&self, commit_every: Duration) -> Pace {
         Pace { rows_total: self.total.then(|| self.all().rows()), commit_every }
     }
 
-    pub fn all(&self) -> &Data {
+    pub(crate) fn all(&self) -> &Data {
         self.upto.last().unwrap()
     }
 
-    pub fn begin(&self, disk: &Arc<dyn Disk>) -> lamina_core::Result<Writer> {
+    pub(crate) fn begin(&self, disk: &Arc<dyn Disk>) -> lamina_core::Result<Writer> {
         Writer::begin(Arc::clone(disk), disk.lock()?, self.new_store(), self.pace())
     }
 
-    pub fn resume(&self, disk: &Arc<dyn Disk>) -> lamina_core::Result<Writer> {
-        Writer::resume(Arc::clone(disk), disk.lock()?, self.pace())
-    }
-
-    pub fn append(&self, writer: &mut Writer, window: usize) -> lamina_core::Result<bool> {
+    pub(crate) fn append(&self, writer: &mut Writer, window: usize) -> lamina_core::Result<bool> {
         self.windows[window].lend(|window| writer.append(window))
     }
 
     /// Appends windows `from..to`.
-    pub fn append_all(&self, writer: &mut Writer, from: usize, to: usize) {
+    pub(crate) fn append_all(&self, writer: &mut Writer, from: usize, to: usize) {
         for window in from..to {
             self.append(writer, window).unwrap();
         }
     }
 
     /// Captures everything without interruption and returns the names of the shards.
-    pub fn names(&self) -> Vec<String> {
+    pub(crate) fn names(&self) -> Vec<String> {
         let directory = folder();
         let mut writer = self.begin(&disk(directory.path())).unwrap();
         self.append_all(&mut writer, 0, self.windows.len());
@@ -251,7 +193,7 @@ impl Job {
     }
 
     /// Says what is wrong with the store at `path`, if it is to hold the first `windows` windows.
-    pub fn compare(&self, store: &Store, windows: usize) -> Result<(), String> {
+    pub(crate) fn compare(&self, store: &Store, windows: usize) -> Result<(), String> {
         let expected = &self.upto[windows];
         let (found, counts) = read(store)?;
         let texts = if self.texts { expected.texts.clone() } else { Vec::new() };
@@ -268,15 +210,9 @@ impl Job {
         }
         Ok(())
     }
-
-    pub fn check(&self, path: &Path, windows: usize) {
-        let store = Store::open(path, None).unwrap();
-        self.compare(&store, windows).unwrap();
-        assert_eq!(verify(&store), Ok(()));
-    }
 }
 
-pub fn verify(store: &Store) -> Result<(), String> {
+pub(crate) fn verify(store: &Store) -> Result<(), String> {
     match store.verify(1, &mut |_, _| true) {
         Ok(damages) if damages.is_empty() => Ok(()),
         Ok(damages) => Err(format!("damaged: {damages:?}")),
@@ -285,7 +221,7 @@ pub fn verify(store: &Store) -> Result<(), String> {
 }
 
 /// Reads all that a store holds, in every way that there is.
-pub fn read(store: &Store) -> Result<(Data, [[u64; 3]; 2]), String> {
+pub(crate) fn read(store: &Store) -> Result<(Data, [[u64; 3]; 2]), String> {
     let failed = |error: lamina_core::Error| error.to_string();
     let mut data = Data::default();
     let rows: Vec<i64> = (0..i64::try_from(store.rows()).unwrap()).collect();
@@ -312,6 +248,9 @@ pub fn read(store: &Store) -> Result<(Data, [[u64; 3]; 2]), String> {
             return Err(format!("prompt {prompt} starts at {}, not {start}", rows.start));
         }
         start += rows.rows;
+        if start > store.rows() {
+            return Err(format!("prompt {prompt} ends behind the last row"));
+        }
         owners.resize(usize::try_from(start).unwrap(), i64::try_from(prompt).unwrap());
         data.prompt_rows.push(rows.rows);
         data.prompt_lengths.push(rows.length);
@@ -336,16 +275,16 @@ pub fn read(store: &Store) -> Result<(Data, [[u64; 3]; 2]), String> {
     Ok((data, counts))
 }
 
-pub fn shard_names(manifest: &lamina_core::manifest::Manifest) -> Vec<String> {
+pub(crate) fn shard_names(manifest: &lamina_core::manifest::Manifest) -> Vec<String> {
     manifest.shards.iter().map(|shard| shard.name.clone()).collect()
 }
 
 /// Returns an empty directory, in memory where the system has one.
-pub fn folder() -> TempDir {
+pub(crate) fn folder() -> TempDir {
     let memory = Path::new("/dev/shm");
     if memory.is_dir() { tempfile::tempdir_in(memory) } else { tempfile::tempdir() }.unwrap()
 }
 
-pub fn disk(path: &Path) -> Arc<dyn Disk> {
+pub(crate) fn disk(path: &Path) -> Arc<dyn Disk> {
     Arc::new(Directory::create(path).unwrap())
 }
