@@ -127,9 +127,9 @@ fn a_power_cut_at_any_moment_leaves_a_whole_version_that_goes_on() {
 fn without_any_one_kind_of_its_fsyncs_a_power_cut_loses_a_version() {
     let is_manifest = |change: &Change, of: &[Change]| {
         let Change::SyncFile(synced) = change else { return None };
-        of.iter().find_map(|change| match change {
-            Change::Create(folder, _, file) if file == synced => Some(*folder == Folder::Manifests),
-            _ => None,
+        of.iter().find_map(|change| {
+            let Change::Create(folder, _, file) = change else { return None };
+            (file == synced).then_some(*folder == Folder::Manifests)
         })
     };
     let mut found = [false; 4];

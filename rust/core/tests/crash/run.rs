@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use lamina_core::disk::{Disk, Folder};
+use lamina_core::manifest::version_of;
 use lamina_core::{Error, Result, Store, Writer};
 
 use crate::random::Random;
@@ -41,7 +42,7 @@ impl Course {
     pub(crate) fn run(&self, disk: &Arc<dyn Disk>, log: &Log, job: &Job) -> Result<Vec<String>> {
         let every = if self.timed { Duration::ZERO } else { Duration::from_secs(1 << 30) };
         let pace = job.paced(every);
-        let is_new = !disk.list(Folder::Manifests)?.iter().any(|name| name.ends_with(".json"));
+        let is_new = !disk.list(Folder::Manifests)?.iter().any(|name| version_of(name).is_some());
         let mut writer = if is_new {
             log.note(Change::Committing(0));
             Writer::begin(Arc::clone(disk), disk.lock()?, job.new_store(), pace)?
@@ -91,19 +92,20 @@ pub(crate) struct Progress {
 
 impl Progress {
     pub(crate) fn apply(&mut self, change: &Change) {
-        match change {
-            Change::Committing(windows) => self.next = Some(*windows),
-            Change::Acknowledged(version, windows) => {
-                self.versions.insert(*version, *windows);
-                self.next = None;
-            }
-            _ => {}
+        if let Change::Committing(windows) = change {
+            self.next = Some(*windows);
+        }
+        if let Change::Acknowledged(version, windows) = change {
+            self.versions.insert(*version, *windows);
+            self.next = None;
         }
     }
 
     pub(crate) fn of(changes: &[Change]) -> Self {
         let mut progress = Self::default();
-        changes.iter().for_each(|change| progress.apply(change));
+        for change in changes {
+            progress.apply(change);
+        }
         progress
     }
 

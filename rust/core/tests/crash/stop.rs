@@ -49,7 +49,7 @@ fn left_over(path: &Path, shards: usize) -> usize {
     let names = std::fs::read_dir(path.join("shards")).unwrap();
     let names: Vec<String> =
         names.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
-    let parts = names.iter().filter(|name| name.ends_with(".part")).count();
+    let parts = names.iter().filter_map(|name| name.strip_suffix(".part")).count();
     parts + names.len().saturating_sub(2 * shards + 8)
 }
 

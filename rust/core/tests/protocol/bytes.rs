@@ -187,11 +187,11 @@ fn regions_of_full_shards_begin_at_multiples_of_their_tier_and_of_short_ones_at_
         [(4096, ["4 KiB", "4 KiB", "64 KiB", "2 MiB"]), (1024, ["copy", "copy", "4 KiB", "64 KiB"])]
     {
         let plan = Plan::new(sites.clone(), rows, false).unwrap();
-        let size =
+        let sized =
             |rows, prompts| lamina_core::layout::Size { rows, prompts, ..Default::default() };
         let (one, two) =
-            (plan.layout(&size(rows, 1)).unwrap(), plan.layout(&size(rows, 999)).unwrap());
-        let short = plan.layout(&size(rows - 1, 1)).unwrap();
+            (plan.layout(&sized(rows, 1)).unwrap(), plan.layout(&sized(rows, 999)).unwrap());
+        let short = plan.layout(&sized(rows - 1, 1)).unwrap();
         for (index, expected) in tiers.iter().enumerate() {
             let tier = plan.tier(index).name();
             assert_eq!(tier, *expected, "site {index} of {rows} rows");

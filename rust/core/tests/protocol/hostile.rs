@@ -251,7 +251,8 @@ fn huge_sparse_files_are_refused_by_their_size() {
 fn owner_files_of_any_content_are_quoted_shortened_or_left_out() {
     let directory = folder();
     let lock = disk(directory.path()).lock().unwrap();
-    for content in [&b"\xff\xfe"[..], b"", &[b'x'; 1 << 20], b"\n\n"] {
+    let long = "x".repeat(1 << 20);
+    for content in [&b"\xff\xfe"[..], b"", long.as_bytes(), b"\n\n"] {
         std::fs::write(directory.path().join("OWNER"), content).unwrap();
         let text = disk(directory.path()).lock().unwrap_err().to_string();
         assert!(text.contains("is in use by"), "{text}");

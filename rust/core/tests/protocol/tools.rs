@@ -38,6 +38,11 @@ pub(crate) fn newest(store: &Path) -> Manifest {
     manifest(store, versions.max().unwrap())
 }
 
+/// Returns how many temporary files lie in `shards/`.
+pub(crate) fn parts(store: &Path) -> usize {
+    files(store, "shards").iter().filter_map(|name| name.strip_suffix(".part")).count()
+}
+
 /// Flips one bit of a file.
 pub(crate) fn flip(path: &Path, at: u64) {
     let mut bytes = std::fs::read(path).unwrap();
@@ -213,7 +218,7 @@ impl Job {
         Self { total: true, ..self }
     }
 
-    pub(crate) fn resume(&self, disk: &Arc<dyn Disk>) -> lamina_core::Result<Writer> {
+    pub(crate) fn resume(&self, disk: &Arc<dyn Disk>) -> Result<Writer> {
         Writer::resume(Arc::clone(disk), disk.lock()?, self.pace())
     }
 

@@ -50,12 +50,15 @@ impl Data {
             }
             self.tokens.extend(token(prompt, position).to_le_bytes());
             self.positions.push(u32::try_from(position).unwrap());
-            self.flags.push(u8::from(row % 5 == 0));
+            self.flags.push(u8::from(row.is_multiple_of(5)));
         }
         self.prompt_rows.push(rows);
         self.prompt_lengths.push(length);
         self.prompt_ids.extend((0..length).flat_map(|at| token(prompt, at).to_le_bytes()));
-        self.texts.push(format!("prompt {prompt}, {} é", "x".repeat(prompt as usize % 9)));
+        self.texts.push(format!(
+            "prompt {prompt}, {} é",
+            "x".repeat(usize::from((prompt % 9).to_le_bytes()[0]))
+        ));
     }
 
     pub(crate) fn rows(&self) -> u64 {
