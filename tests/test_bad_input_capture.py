@@ -175,6 +175,20 @@ def test_an_unknown_site_lists_the_nearest_real_names(model: Any, tmp_path: Path
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize(
+    ("sites", "expected"),
+    [
+        ([], "no sites were given; for instance 'model.layers[:].output'"),
+        (3, "sites=3: expected paths, such as 'model.layers[:].output'"),
+        ([3], "3 is no site: expected a path as text"),
+    ],
+)
+def test_sites_that_are_no_paths_are_refused(
+    model: Any, tmp_path: Path, sites: Any, expected: str
+) -> None:
+    assert message(lm.InputError, model, tmp_path, sites=sites) == expected
+
+
 def test_a_typo_in_a_path_is_shown_at_its_byte(model: Any, tmp_path: Path) -> None:
     text = message(lm.PathError, model, tmp_path / "new", sites="model.layers[2.output")
     assert "at byte 14" in text
@@ -220,6 +234,11 @@ def test_options_say_what_they_expect(
     model: Any, tmp_path: Path, options: dict[str, Any], expected: str
 ) -> None:
     assert message(lm.InputError, model, tmp_path, **options) == expected
+
+
+def test_a_device_that_is_not_there_is_refused(model: Any, tmp_path: Path) -> None:
+    text = message(lm.InputError, model, tmp_path, device="nowhere")
+    assert text.startswith("device='nowhere': Expected one of cpu, cuda")
 
 
 def test_a_dtype_that_is_none_is_refused(model: Any, tmp_path: Path) -> None:

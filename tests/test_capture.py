@@ -304,6 +304,19 @@ def test_a_cut_text_keeps_its_special_tokens(a_llama: Any, tmp_path: Path) -> No
     assert list(store.prompts[0].ids) == [1, 3, 4, 2]
 
 
+def test_a_limit_below_the_special_tokens_cuts_all_the_same(a_llama: Any, tmp_path: Path) -> None:
+    from tokenizers import processors
+
+    tokenizer = word_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A <unk>", special_tokens=[("<s>", 1), ("<unk>", 2)]
+    )
+    store = lm.capture(
+        a_llama, TEXTS[:1], RESIDUALS, to=tmp_path, tokenizer=tokenizer, max_length=1
+    )
+    assert list(store.prompts[0].ids) == [1]
+
+
 def test_a_dtype_casts_floating_sites_only(tmp_path: Path) -> None:
     model = mixtral()
     sites = ["model.layers[0].output", "model.layers[0].mlp.gate.output[2]"]

@@ -166,6 +166,8 @@ def test_cat_shortens_long_vectors_unless_asked_not_to(tmp_path, capsys):
         (["capture", "x", "none.txt", "--sites", "model.x.output", "--to", "y"], "none.txt is no"),
         (["capture", ".", "TEXTS", "--sites", "model.x.output", "--to", "y"], "no config.json"),
         (["capture", "x.gguf", "TEXTS", "--sites", "m", "--to", "y"], "x.gguf is no file"),
+        (["verify", "ACTS", "--threads", "-3"], "threads=-3: expected a number of threads"),
+        (["demo", "--out", "texts.txt/out"], "cannot make texts.txt/out: Not a directory"),
     ],
 )
 def test_what_cannot_be_done_is_one_sentence_and_status_three(
@@ -302,6 +304,22 @@ def test_capture_with_positions_dtype_and_limit(folder, tmp_path, capsys):
     store = lm.open(tmp_path / "acts")
     assert (store.rows, store["model.layers[1].output"].dtype) == (2, "bfloat16")
     assert store.options["padding"] == "left"
+
+
+def test_positions_that_begin_with_a_minus_need_no_equals_sign(folder, tmp_path, capsys):
+    (tmp_path / "texts.txt").write_text("the cat sat\n")
+    to = tmp_path / "acts"
+    given = ["--sites", "model.layers[0].output", "--to", to, "--positions", "-2:", "--quiet"]
+    assert run(capsys, "capture", folder, tmp_path / "texts.txt", *given)[0] == 0
+    assert lm.open(to).options["positions"] == "-2:"
+
+
+def test_a_device_that_is_not_there_is_one_sentence(folder, tmp_path, capsys):
+    (tmp_path / "texts.txt").write_text("the cat sat\n")
+    given = ["--sites", "model.layers[0].output", "--to", tmp_path / "acts", "--device", "nowhere"]
+    status, out, err = run(capsys, "capture", folder, tmp_path / "texts.txt", *given)
+    assert (status, out) == (3, "")
+    assert "device='nowhere': " in err
 
 
 def test_the_command_is_installed():

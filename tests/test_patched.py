@@ -192,6 +192,26 @@ def test_generation_with_a_cache_patches_the_prompt_only() -> None:
     assert calls == [(5, True), (1, False), (1, False)]
 
 
+def test_a_step_by_hand_with_a_cache_and_no_mask_is_not_patched() -> None:
+    model = gpt2()
+    ids = make_batch(prompts_of([4])).input_ids
+    after = model(ids, use_cache=True).past_key_values
+    plainly = model(ids[:, :1], past_key_values=after).logits
+    again = model(ids, use_cache=True).past_key_values
+    with patched(model, {f"{H}[1].output[-1]": torch.full((1, 32), 7.0)}):
+        assert torch.equal(model(ids[:, :1], past_key_values=again).logits, plainly)
+
+
+def test_a_part_of_the_model_run_by_itself_is_refused_not_left_unpatched() -> None:
+    model = gpt2()
+    batch = make_batch(prompts_of([4]))
+    with patched(model, {f"{H}[1].output[-1]": torch.full((1, 32), 7.0)}):
+        for _ in range(2):  # before a forward of the whole, and after one
+            with pytest.raises(InputError, match="call the model itself inside lm"):
+                model.transformer(input_ids=batch.input_ids)
+            logits(model, batch)
+
+
 def test_values_are_cast_to_the_models_dtype_unless_they_overflow() -> None:
     model = gpt2(torch.float16)
     batch = make_batch(prompts_of([3]))
@@ -330,7 +350,7 @@ def test_hooks_are_removed_on_any_exit(error: type[BaseException]) -> None:
 
     def block() -> None:
         with patched(model, {f"{H}[1].output[-1]": torch.zeros(1, 32)}):
-            assert hooks_on(model) == 2
+            assert hooks_on(model) == 3
             raise error
 
     with pytest.raises(error):

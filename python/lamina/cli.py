@@ -8,14 +8,15 @@ import os
 import sys
 from typing import TYPE_CHECKING, NoReturn
 
-from lamina.errors import InputError, LaminaError
+from lamina.errors import DiskError, InputError, LaminaError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     import numpy as np
     from numpy.typing import NDArray
 
+    from lamina.column import Column
     from lamina.store import Store
 
 __all__ = ["main"]
@@ -36,7 +37,7 @@ _DAMAGED, _USAGE, _REFUSED, _INTERRUPTED = 1, 2, 3, 130
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line, and return the exit status."""
-    options = _parser().parse_args(arguments)
+    options = _parser().parse_args(_joined(sys.argv[1:] if arguments is None else arguments))
     try:
         status: int = options.run(options)
         sys.stdout.flush()
@@ -55,6 +56,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     return status
+
+
+def _joined(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments with `--positions -4:` as one: argparse takes `-4:` for an option."""
+    joined: list[str] = []
+    for argument in arguments:
+        if joined and joined[-1] == "--positions":
+            joined[-1] += f"={argument}"
+        else:
+            joined.append(argument)
+    return joined
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -169,13 +181,9 @@ def _ls(options: argparse.Namespace) -> int:
 
     store = _opened(options)
     if options.prompts:
-        table = [["prompt", "tokens", "rows", "text"]]
-        for prompt in store.prompts:
-            span = f"{prompt.rows.start}:{prompt.rows.stop}"
-            text = json.dumps(prompt.text or "", ensure_ascii=False)[1:-1]
-            shown = text if len(text) <= 60 else f"{text[:59]}…"
-            table.append([str(prompt.index), str(prompt.length), span, shown])
-    elif options.shards:
+        _print_prompts(store)
+        return 0
+    if options.shards:
         table = [["shard", "rows", "prompts", "bytes", ""]]
         for name, row, rows, first, prompts, nbytes, full in store.shards:
             table.append(
@@ -191,13 +199,31 @@ def _ls(options: argparse.Namespace) -> int:
         table = [["site", "shape", "dtype", "bytes"]]
         for path, column in store.items():
             table.append([path, shape_text(column.shape), column.dtype, bytes_text(column.nbytes)])
-    _print_table(table)
+    _print_table(table, [max(map(len, column)) for column in zip(*table, strict=True)])
     return 0
 
 
-def _print_table(table: list[list[str]]) -> None:
-    """Print rows of texts in aligned columns, to the last row that has any."""
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+def _print_prompts(store: Store) -> None:
+    """Print the prompts as they are read: there may be millions."""
+    head = ["prompt", "tokens", "rows", "text"]
+    longest = max(store.prompts.lengths.tolist(), default=0)
+    spans = [f"{last.rows.start}:{last.rows.stop}" for last in store.prompts[-1:]]
+    widest = [len(str(len(store.prompts) - 1)), len(str(longest)), *map(len, spans or [""]), 0]
+    widths = [max(len(name), width) for name, width in zip(head, widest, strict=True)]
+
+    def rows() -> Iterator[list[str]]:
+        yield head
+        for prompt in store.prompts:
+            span = f"{prompt.rows.start}:{prompt.rows.stop}"
+            text = json.dumps(prompt.text or "", ensure_ascii=False)[1:-1]
+            shown = text if len(text) <= 60 else f"{text[:59]}…"
+            yield [str(prompt.index), str(prompt.length), span, shown]
+
+    _print_table(rows(), widths)
+
+
+def _print_table(table: Iterable[list[str]], widths: list[int]) -> None:
+    """Print rows of texts in columns of so many characters."""
     for row in table:
         padded = (f"{text:<{width}}" for text, width in zip(row, widths, strict=True))
         print("  ".join(padded).rstrip())
@@ -227,7 +253,8 @@ def _cat(options: argparse.Namespace) -> int:
         raise InputError(f"{options.target} stands for {len(found)} sites; name one of them")
     (index, position), prompt = found[0], store.prompts[options.prompt]
     rows = store.prompts.select(position, [prompt.index]).rows.reshape(-1)
-    site, column = list(store.items())[index]
+    site = store.sites[index]
+    column: Column = store[site]
     values = column.rows_as_floats(rows)
     if not rows.size:
         print(f"nothing of prompt {prompt.index} is stored there", file=sys.stderr)
@@ -284,7 +311,12 @@ def _demo(options: argparse.Namespace) -> int:
 
     from lamina.demo import run
 
-    run(Path(options.out))
+    out = Path(options.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DiskError(f"cannot make {out}: {error.strerror}", error.errno, str(out)) from None
+    run(out)
     return 0
 
 

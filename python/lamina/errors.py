@@ -93,7 +93,7 @@ class PositionError(LaminaError, IndexError):
 
 
 class PromptError(LaminaError, ValueError):
-    """Prompts cannot be used as given: empty, too long, without a mask, or the model failed."""
+    """Prompts cannot be used as given: empty, too long, without a mask or a tokenizer."""
 
     kind = "prompt"
 

@@ -145,6 +145,7 @@ class _Run:
         for patch in patches:
             sites = self._patches.setdefault((patch.site.module, patch.site.port), {})
             sites.setdefault(patch.site, []).append(patch)
+        self._running = False
         self._mask: torch.Tensor | None = None
         self._columns: dict[int, torch.Tensor] = {}
         self._calls: Counter[tuple[str, str]] = Counter()
@@ -164,15 +165,18 @@ class _Run:
                 parameters = ports.parameter_names(module)
                 before = partial(self._set_input, (name, port), sites, parameters)
                 handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        # The last of all: the model's own output may be a target.
+        handles.append(self._module.register_forward_hook(self._end, always_call=True))
 
     def _begin(self, _module: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Read the attention mask of a forward that begins."""
         self._calls.clear()
         self._columns.clear()
         self._mask = None
+        self._running = True
         found = {
             name: argument[1]
-            for name in ("input_ids", "inputs_embeds", "attention_mask")
+            for name in ("input_ids", "inputs_embeds", "attention_mask", "past_key_values")
             if (argument := ports.argument(self._parameters, args, kwargs, name)) is not None
         }
         tokens = found.get("input_ids")
@@ -189,7 +193,15 @@ class _Run:
             mask = tokens.new_ones((1, tokens.shape[1])).long()
         if mask.dim() == 2 and mask.shape[1] > tokens.shape[1]:
             return  # a later step of generation: the prompt went through before
+        cached = getattr(found.get("past_key_values"), "get_seq_length", None)
+        if cached is not None and cached() and mask.shape[1] == tokens.shape[1]:
+            return  # such a step by hand, given no mask of the whole
         self._mask = mask
+
+    def _end(self, _module: object, _args: object, _output: object) -> None:
+        """Forget the forward that is over."""
+        self._running = False
+        self._mask = None
 
     def _set_output(
         self,
@@ -225,6 +237,11 @@ class _Run:
         return args, kwargs
 
     def _due(self, port: tuple[str, str], sites: dict[Site, list[_Patch]]) -> list[Site]:
+        if not self._running:
+            raise InputError(
+                f"a part of {type(self._module).__name__} runs by itself, and which of its rows "
+                f"are which tokens is not known; call the model itself inside lm.patched"
+            )
         call = self._calls[port]
         self._calls[port] += 1
         return [] if self._mask is None else [site for site in sites if site.call == call]

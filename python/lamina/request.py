@@ -205,9 +205,13 @@ def placed_on(module: torch.nn.Module, device: torch.device | str | None) -> Ite
     import torch
 
     home = forward.input_device(module)
-    goal = home if device is None else torch.device(device)
-    if str(goal) == "cuda":
-        goal = torch.device("cuda", torch.cuda.current_device())
+    goal = home
+    if device is not None:
+        try:
+            goal = torch.empty(0, device=device).device  # as torch numbers it: `cuda` is `cuda:0`
+        except (RuntimeError, AssertionError, TypeError) as error:
+            reason = (str(error).splitlines() or [repr(error)])[0]
+            raise InputError(f"device={str(device)!r}: {reason}") from None
     if str(goal) == str(home):
         yield home
         return
@@ -217,8 +221,8 @@ def placed_on(module: torch.nn.Module, device: torch.device | str | None) -> Ite
             f"device={str(device)!r}: the model is spread over {listed(sorted(map(str, homes)))}; "
             f"leave device out"
         )
-    module.to(goal)
     try:
+        module.to(goal)
         yield goal
     finally:
         module.to(home)

@@ -7,6 +7,7 @@ port mean, which axis is what, and the order come from two tiny forwards (see `r
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,7 @@ from lamina.rehearsal import SIZES, Inputs, Rehearsal, rehearse
 from lamina.wording import counted, shape_text
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
     import torch
 
@@ -147,9 +148,14 @@ def locate(
         paths: Paths or patterns.
         position_ids: Whether to find out if the forward takes position ids (more tiny forwards).
     """
+    if not isinstance(paths, str | Path | Iterable):
+        raise InputError(f"sites={paths!r}: expected paths, such as 'model.layers[:].output'")
     texts = [paths] if isinstance(paths, str | Path) else list(paths)
     if not texts:
         raise InputError("no sites were given; for instance 'model.layers[:].output'")
+    given: list[object] = [*texts]
+    if strange := [item for item in given if not isinstance(item, str | Path)]:
+        raise InputError(f"{strange[0]!r} is no site: expected a path as text")
     module = forward.unwrap(model)
     modules = dict(module.named_modules(remove_duplicate=False))
     tree = ModuleTree(list(modules))

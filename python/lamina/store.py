@@ -321,6 +321,8 @@ class Store:
             threads: How many; 0 for as many as there are cores.
             progress: Called now and then with the bytes done and the bytes in all.
         """
+        if threads < 0:
+            raise InputError(f"threads={threads}: expected a number of threads, or 0 for all cores")
         started = time.monotonic()
         damage = self._core.verify(threads, progress)
         return Verification(

@@ -296,5 +296,6 @@ def _within(prompt: Tokenised, number: int, encoder: Encoder | None, limits: Lim
     limits.truncated.add(number, size)
     if prompt.text is not None and encoder is not None:
         cut = encoder.encode([prompt.text], cut=limits.length)[0]
-        return Tokenised(np.asarray(cut, dtype=np.uint32), prompt.text)
+        if len(cut) <= limits.length:  # a limit below the special tokens alone cuts nothing
+            return Tokenised(np.asarray(cut, dtype=np.uint32), prompt.text)
     return Tokenised(prompt.ids[: limits.length], prompt.text)
