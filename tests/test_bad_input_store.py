@@ -15,6 +15,7 @@ import torch
 from tests.stores import SITES, WIDTH, make, numbers
 
 import lamina as lm
+from lamina import _core
 
 SITE = SITES[0]
 
@@ -341,3 +342,43 @@ def test_a_hostile_header_is_an_error(store, header):
     path.write_bytes((header + b"\0" * size)[: max(size, len(header))])
     with pytest.raises(lm.CorruptError, match=path.name):
         _ = lm.open(store.directory)[SITE].tensor
+
+
+def test_a_store_begun_by_a_killed_process_says_that_nobody_writes_it(
+    tmp_path,
+):
+    script = (
+        "import os, signal, sys; from lamina import _core\n"
+        "writer = _core.Writer(sys.argv[1])\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "acts")], check=False)
+    assert (tmp_path / "acts" / "OWNER").exists()
+    with pytest.raises(lm.StoreNotReadyError, match="nobody is writing it, run the capture again"):
+        lm.open(tmp_path / "acts")
+    writer = _core.Writer(str(tmp_path / "acts"))
+    with pytest.raises(lm.StoreNotReadyError, match=r"process \d+ on host .* is writing it"):
+        lm.open(tmp_path / "acts")
+    writer.close()
+
+
+def test_shards_that_lost_their_manifests_are_not_removed_by_a_new_store(tmp_path):
+    directory = tmp_path / "acts"
+    make(directory)
+    shards = sorted((directory / "shards").iterdir())
+    for manifest in (directory / "manifests").iterdir():
+        manifest.unlink()
+    with pytest.raises(lm.ForeignDirectoryError, match=r"found shards/[0-9a-f]{32}\.safetensors"):
+        lm.create(directory, sites=SITES)
+    with pytest.raises(lm.ForeignDirectoryError, match="nothing was touched"):
+        lm.open(directory)
+    assert sorted((directory / "shards").iterdir()) == shards
+
+
+def test_a_store_that_a_later_minor_version_wrote_is_read_but_not_written(tmp_path):
+    directory = tmp_path / "acts"
+    make(directory)
+    (directory / "FORMAT").write_text("lamina 1.7\n")
+    assert lm.open(directory).rows > 0
+    with pytest.raises(lm.FormatVersionError, match=r"has format .*1\.7.*install a newer lamina"):
+        lm.append(directory)

@@ -1,10 +1,10 @@
 //! A column as one tensor: every shard's region mapped into one reserved range.
 
-use crate::disk::Folder;
+use crate::disk::{DiskFile, Folder};
 use crate::error::{Error, Result};
 use crate::layout::HUGE_PAGE;
 use crate::map::{OwnedMap, SharedMap, page_bytes};
-use crate::shard::length;
+use crate::shard::{Shard, length};
 use crate::store::{Store, View};
 
 impl Store {
@@ -54,7 +54,7 @@ impl Store {
                 let file = self.disk().open(Folder::Shards, &name).map_err(|error| {
                     if error.is_not_found() { self.missing(&opened.shard) } else { error }
                 })?;
-                if file.id()? != opened.shard.id() {
+                if file.id()? != opened.shard.id() && !self.is_same(&opened.shard, &*file)? {
                     let place = crate::shard::place(
                         opened.shard.entry(),
                         opened.shard.start(),
@@ -88,7 +88,15 @@ impl Store {
         }
     }
 
-    fn missing(&self, shard: &crate::shard::Shard) -> Error {
+    /// Returns whether another file under a checked shard's name is that shard too: the name stands
+    /// for the bytes, and a damaged file may have been replaced by a sound one.
+    fn is_same(&self, shard: &Shard, file: &dyn DiskFile) -> Result<bool> {
+        let plan = &self.manifest().plan;
+        let again = Shard::open(self.disk(), plan, shard.entry(), shard.start())?;
+        Ok(again.id() == file.id()?)
+    }
+
+    fn missing(&self, shard: &Shard) -> Error {
         let rows = (0, shard.entry().rows);
         let place = crate::shard::place(shard.entry(), shard.start(), "whole file", rows);
         Error::Missing { place: Box::new(place), version: self.manifest().version }

@@ -92,6 +92,7 @@ impl Writer {
         let plan = Plan::new(new.sites, rows, new.texts)?;
         let identity = json("the identity", new.identity)?;
         let about = json("what is known of the making", new.about)?;
+        publish::check_turn(&*disk, &*lock, 0)?;
         disk.make_folders()?;
         publish::remove_parts(&*disk, &*lock, 0)?;
         publish::clean_up(&*disk, &*lock, &[])?;
@@ -130,19 +131,15 @@ impl Writer {
         let Some(&newest) = versions.first() else {
             return Err(Error::NotReady { path: disk.root().to_owned(), owner: None });
         };
-        publish::check_format(&*disk)?;
         let manifest = publish::read_version(&*disk, newest)?;
-        if manifest.further_groups > 0 {
-            let found =
-                format!("{} with groups of sites that a later version added", crate::FORMAT);
-            return Err(Error::Newer { path: disk.root().to_owned(), found });
-        }
         let previous = match versions.get(1).map(|&version| publish::read_version(&*disk, version))
         {
             // The version before may be damaged; then only the newest is kept.
             None | Some(Err(Error::Manifest { .. })) => None,
             Some(read) => Some(read?),
         };
+        let keep: Vec<&Manifest> = std::iter::once(&manifest).chain(previous.as_ref()).collect();
+        publish::refuse_later(&*disk, &keep)?;
         let rows = manifest.totals().0;
         if pace.rows_total.is_some_and(|total| total < rows) {
             return Err(Error::Mismatch {
@@ -151,11 +148,11 @@ impl Writer {
                 found: pace.rows_total.unwrap_or(0).to_string(),
             });
         }
+        publish::check_turn(&*disk, &*lock, newest)?;
         // What was seen may not be durable yet.
         disk.sync_folder(Folder::Shards)?;
         disk.sync_folder(Folder::Manifests)?;
         publish::remove_parts(&*disk, &*lock, newest)?;
-        let keep: Vec<&Manifest> = std::iter::once(&manifest).chain(previous.as_ref()).collect();
         publish::clean_up(&*disk, &*lock, &keep)?;
         let mut writer = Self::over(disk, lock, manifest, previous, pace);
         writer.rebuild()?;

@@ -443,8 +443,8 @@ impl DiskFile for OpenFile {
 }
 
 impl Directory {
-    /// Returns who is writing, as far as `OWNER` says.
+    /// Returns who is writing, as far as `OWNER` says and its process still runs.
     pub fn owner(&self) -> Option<String> {
-        crate::lock::owner(self.root.as_fd())
+        crate::lock::living_owner(self.root.as_fd())
     }
 }

@@ -15,6 +15,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags};
 use rustix::io::Errno;
+use rustix::process::Pid;
 
 use crate::error::{Error, Result};
 
@@ -153,7 +154,7 @@ fn in_use(path: &Path, root: BorrowedFd<'_>) -> Error {
 }
 
 /// Returns what `OWNER` says, if it is there.
-pub(crate) fn owner(root: BorrowedFd<'_>) -> Option<String> {
+fn owner(root: BorrowedFd<'_>) -> Option<String> {
     use std::io::Read as _;
     let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NONBLOCK;
     let file = rustix::fs::openat(root, OWNER, flags, Mode::empty()).ok()?;
@@ -161,6 +162,21 @@ pub(crate) fn owner(root: BorrowedFd<'_>) -> Option<String> {
     std::fs::File::from(file).take(512).read_to_string(&mut text).ok()?;
     let line = text.lines().next()?.trim();
     (!line.is_empty()).then(|| line.to_owned())
+}
+
+/// Returns what `OWNER` says unless that process ran on this host and is gone: a killed writer
+/// leaves the file behind.
+pub(crate) fn living_owner(root: BorrowedFd<'_>) -> Option<String> {
+    let owner = owner(root)?;
+    let parts: Vec<&str> = owner.split(' ').collect();
+    if let ["process", process, "on", "host", host, ..] = parts.as_slice()
+        && *host == rustix::system::uname().nodename().to_string_lossy()
+        && let Some(process) = process.parse().ok().and_then(Pid::from_raw)
+        && rustix::process::test_kill_process(process) == Err(Errno::SRCH)
+    {
+        return None;
+    }
+    Some(owner)
 }
 
 /// Returns seconds since 1970 as `2026-01-31 23:59:59 UTC` (the civil-from-days algorithm of

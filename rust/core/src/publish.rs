@@ -51,31 +51,30 @@ pub(crate) fn read_version(disk: &dyn Disk, version: u64) -> Result<Manifest> {
     })
 }
 
-/// Refuses a store whose format is newer than ours. Returns `false` if no format is there yet: a
-/// crash before version 1 may leave `FORMAT` out, or half there.
-pub(crate) fn check_format(disk: &dyn Disk) -> Result<bool> {
+/// Refuses a store whose major format is another one, and returns its minor. `None` if no format
+/// is there yet: a crash before version 1 may leave `FORMAT` out, or half there.
+pub(crate) fn format_minor(disk: &dyn Disk) -> Result<Option<u32>> {
     let unready = || Ok::<_, Error>(versions(disk)?.is_empty());
     let file = match disk.open(Folder::Root, FORMAT_FILE) {
-        Err(error) if error.is_not_found() && unready()? => return Ok(false),
+        Err(error) if error.is_not_found() && unready()? => return Ok(None),
         other => other?,
     };
     let mut bytes = vec![0; crate::shard::length(file.id()?.bytes.min(64))];
     file.read_at(0, &mut bytes)?;
     let text = String::from_utf8_lossy(&bytes).into_owned();
     let found = text.lines().next().unwrap_or_default().to_owned();
-    let major = found.strip_prefix("lamina ").and_then(|rest| {
+    let numbers = found.strip_prefix("lamina ").and_then(|rest| {
         let (major, minor) = rest.split_once('.')?;
-        minor.parse::<u32>().ok()?;
-        major.parse::<u32>().ok()
+        Some((major.parse::<u32>().ok()?, minor.parse::<u32>().ok()?))
     });
-    match major {
-        Some(1) => Ok(true),
+    match numbers {
+        Some((1, minor)) => Ok(Some(minor)),
         None if unready()? => {
             // What a crash may leave of ours is its beginning, then zeros. Any other file is not ours.
             let written = bytes.iter().rposition(|&byte| byte != 0).map_or(0, |last| last + 1);
             bytes.truncate(written);
             if format!("{}\n", crate::FORMAT).as_bytes().starts_with(&bytes) {
-                return Ok(false);
+                return Ok(None);
             }
             let found = vec![String::from(FORMAT_FILE)];
             Err(Error::Foreign { path: disk.root().to_owned(), found })
@@ -90,7 +89,7 @@ pub(crate) fn refuse_foreign(disk: &dyn Disk) -> Result<Vec<String>> {
     let mut names = disk.list(Folder::Root)?;
     names.sort_unstable();
     if names.iter().any(|name| name == FORMAT_FILE)
-        && check_format(disk)?
+        && format_minor(disk)?.is_some()
         && !versions(disk)?.is_empty()
     {
         return Ok(names);
@@ -103,8 +102,11 @@ pub(crate) fn refuse_foreign(disk: &dyn Disk) -> Result<Vec<String>> {
             foreign.push(format!("manifests/{name}"));
         }
     }
+    let bare = versions(disk)?.is_empty();
     for name in disk.list(Folder::Shards)? {
-        if !manifest::is_shard_file_name(&name) && !is_part(&name) {
+        // Version 1 comes before any shard: shards without a version have lost their manifests,
+        // and beginning anew would remove them.
+        if !is_part(&name) && (bare || !manifest::is_shard_file_name(&name)) {
             foreign.push(format!("shards/{name}"));
         }
     }
@@ -117,6 +119,22 @@ pub(crate) fn refuse_foreign(disk: &dyn Disk) -> Result<Vec<String>> {
         foreign.push(format!("and {more} more"));
     }
     Err(Error::Foreign { path: disk.root().to_owned(), found: foreign })
+}
+
+/// Refuses to write to a store that a later minor version has written: what this one does not
+/// know of would be lost.
+pub(crate) fn refuse_later(disk: &dyn Disk, manifests: &[&Manifest]) -> Result<()> {
+    let ours = crate::FORMAT.rsplit('.').next().and_then(|minor| minor.parse().ok());
+    let theirs = format_minor(disk)?;
+    let further = manifests.iter().any(|manifest| manifest.further_groups > 0);
+    if theirs <= ours && !further {
+        return Ok(());
+    }
+    let mut found = format!("lamina 1.{}", theirs.unwrap_or(0));
+    if further {
+        found.push_str(", with groups of sites that a later version added");
+    }
+    Err(Error::Newer { path: disk.root().to_owned(), found })
 }
 
 /// Takes the lock again and checks that nobody else has published.

@@ -38,9 +38,12 @@ impl Bytes {
             Self::File(file) => file.read_at(offset, out),
             Self::Map(map) => {
                 let from = length(offset);
-                if let Some(bytes) = map.bytes().get(from..from.saturating_add(out.len())) {
-                    out.copy_from_slice(bytes);
-                }
+                let bytes = map.bytes().get(from..from.saturating_add(out.len()));
+                let bytes = bytes.ok_or_else(|| {
+                    let ended = std::io::Error::from(std::io::ErrorKind::UnexpectedEof);
+                    Error::io("read", "a mapped shard", ended)
+                })?;
+                out.copy_from_slice(bytes);
                 Ok(())
             }
         }

@@ -195,7 +195,7 @@ impl Store {
 
     fn open_on(disk: Arc<dyn Disk>, version: Option<u64>, owner: Option<String>) -> Result<Self> {
         let path = || disk.root().to_owned();
-        if !publish::check_format(&*disk)? {
+        if publish::format_minor(&*disk)?.is_none() {
             let names = publish::refuse_foreign(&*disk)?;
             return Err(if names.is_empty() {
                 Error::NotFound { path: path() }
@@ -361,6 +361,6 @@ pub fn probe(path: &Path) -> Result<Probe> {
     if publish::versions(&disk)?.is_empty() {
         return Ok(Probe::Unready);
     }
-    publish::check_format(&disk)?;
+    publish::format_minor(&disk)?;
     Ok(Probe::Store)
 }

@@ -185,6 +185,15 @@ impl Work<'_> {
                     broken.insert(task.shard);
                     self.report(*place, String::from("the file is not there"));
                 }
+                Err(error) if is_unreadable(&error) => {
+                    broken.insert(task.shard);
+                    if let Some(entry) = self.view.manifest.shards.get(task.shard) {
+                        let start = self.view.starts.get(task.shard).copied().unwrap_or_default();
+                        let rows = (0, entry.rows);
+                        let place = crate::shard::place(entry, start, "whole file", rows);
+                        self.report(place, error.to_string());
+                    }
+                }
                 Err(error) => {
                     self.stop.store(true, Ordering::Relaxed);
                     let mut failure = self.failure.lock().unwrap_or_else(PoisonError::into_inner);
@@ -259,7 +268,15 @@ impl Work<'_> {
             let begin = block * region.block_bytes;
             let end = region.bytes.min(upto * region.block_bytes);
             buffer.resize(length(end - begin), 0);
-            shard.read_raw(&region, begin, &mut buffer)?;
+            match shard.read_raw(&region, begin, &mut buffer) {
+                Err(error) if is_unreadable(&error) => {
+                    self.find_unreadable(shard, &region, (block, upto))?;
+                    intact = false;
+                    block = upto;
+                    continue;
+                }
+                other => other?,
+            }
             hash.update(&buffer);
             for (bytes, index) in buffer.chunks(length(region.block_bytes)).zip(block..) {
                 let found = crc32c(0, bytes);
@@ -283,6 +300,24 @@ impl Work<'_> {
         Ok(())
     }
 
+    /// Reports which of some blocks, not all of which can be read, are damaged or unreadable.
+    fn find_unreadable(&self, shard: &Shard, region: &Region, blocks: (u64, u64)) -> Result<()> {
+        for block in blocks.0..blocks.1 {
+            let begin = block * region.block_bytes;
+            let end = region.bytes.min(begin + region.block_bytes);
+            let mut buffer = vec![0; length(end - begin)];
+            match shard.read_block(region, block, &mut buffer) {
+                Ok(()) => {}
+                Err(Error::Damaged { place, found }) => self.report(*place, found),
+                Err(error) if is_unreadable(&error) => {
+                    self.report(shard.block_place(region, block), error.to_string());
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
     fn check_whole(&self, shard: &Shard, region: &Region, index: usize, found: [u64; 2]) {
         if shard.xxh3(index) == Some(found) {
             return;
@@ -298,4 +333,9 @@ impl Work<'_> {
             String::from("its XXH3-128 differs although every block's CRC32C agrees"),
         );
     }
+}
+
+/// Returns whether the disk cannot give these bytes any more: damage, as far as a store goes.
+fn is_unreadable(error: &Error) -> bool {
+    error.errno() == Some(rustix::io::Errno::IO.raw_os_error())
 }
