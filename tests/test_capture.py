@@ -366,6 +366,22 @@ def test_overflow_is_an_error_on_request_that_names_site_and_prompts(tmp_path: P
     assert "2" in message or "4" in message
 
 
+def test_after_an_overflow_the_capture_goes_on_as_its_message_advises(tmp_path: Path) -> None:
+    model = llama()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[7] = 70000.0
+    prompts, site = [[1, 2]] * 8 + [[7]], "model.embed_tokens.output"
+    given: dict[str, Any] = {
+        "to": tmp_path, "dtype": "f16", "batch_size": 1, "window_bytes": 1, "commit_seconds": 0,
+    }  # fmt: skip
+    with pytest.raises(lm.CastOverflowError, match="overflow='report'"):
+        lm.capture(model, prompts, site, overflow="error", **given)
+    assert lm.open(tmp_path).rows > 0
+    store = lm.capture(model, prompts, site, overflow="report", **given)
+    assert store.rows == 17
+    assert store.options["overflow"] == "report"
+
+
 def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:
     a_llama = llama()
     a_llama.train()

@@ -183,6 +183,8 @@ def test_gather_into_a_tensor_of_ones_own(store):
         store.gather("model.layers[:].output", [7, 1], out=out.double())
     with pytest.raises(lm.InputError, match="contiguous"):
         store.gather("model.layers[:].output", [7, 1], out=torch.zeros(4, 2, WIDTH).transpose(0, 1))
+    with pytest.raises(lm.InputError, match="out must be a torch tensor, not a ndarray"):
+        store.gather("model.layers[:].output", [7, 1], out=out.numpy())
 
 
 def test_gather_refuses_positions_and_rows_that_are_not_there(store):

@@ -308,7 +308,7 @@ def _write(
         )
     else:
         writer.resume(rows_total=rows, commit_seconds=commit_seconds)
-        if not found.windows:
+        if not found.windows or request.options.overflow != found.options.get("overflow"):
             writer.set_about(about)
     _tell(limits, progress)
     compute(work, writer, rows, progress)
@@ -330,6 +330,7 @@ def _check_resume(request: Request, found: Found) -> None:
         wanted = {name: value for name, value in wanted.items() if name in LAYOUT}
     else:
         wanted |= differing(found.recorded.get("rounding", {}), request.rounding())
+    wanted.pop("overflow", None)  # numbers and layout are the same; the error itself advises it
     if wanted:
         raise refusal(
             request.directory,

@@ -60,6 +60,8 @@ def _raw(out: torch.Tensor, dtype: str | None, shape: tuple[int, ...]) -> np.nda
     """Return the bytes of a tensor that gathered rows can be put into as they are."""
     import torch
 
+    if not isinstance(out, torch.Tensor):
+        raise InputError(f"out must be a torch tensor, not a {type(out).__name__}")
     if dtype is None:
         raise InputError("sites of different dtypes or shapes cannot be gathered into one `out`")
     found = str(out.dtype).removeprefix("torch.")

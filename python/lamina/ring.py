@@ -236,9 +236,14 @@ class Ring(Generic[Payload]):
 
     def submit(self, arena: Arena, payload: Payload) -> None:
         """Hand over a window all of whose rows were put."""
-        with self._state.changed:
-            self._state.unwritten += 1
-        self._give(self._state.to_place, _Rows(arena, payload=payload))
+        state, end = self._state, _Rows(arena, payload=payload)
+        with state.changed:
+            self._raise()
+            # Counted and queued with no call between, where Ctrl-C could come: `drain` would wait
+            # for a window that nobody has.
+            state.unwritten += 1
+            state.to_place.append(end)
+            state.changed.notify_all()
 
     def drain(self) -> None:
         """Wait until every window that was handed over has been written."""
