@@ -119,7 +119,7 @@ fn survive(seeds: std::ops::Range<u64>, cuts: usize) -> usize {
 #[test]
 fn a_power_cut_at_any_moment_leaves_a_whole_version_that_goes_on() {
     let seeds = std::env::var("LAMINA_CRASH_SEEDS").ok().and_then(|text| text.parse().ok());
-    let images = survive(0..seeds.unwrap_or(16), 2);
+    let images = survive(0..seeds.unwrap_or(12), 2);
     assert!(images > 1000, "{images} images");
 }
 

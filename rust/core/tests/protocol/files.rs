@@ -65,8 +65,7 @@ fn a_directory_with_our_names_and_no_version_counts_as_empty() {
         for name in ["manifests", "shards", "spool"] {
             std::fs::create_dir(path.join(name)).unwrap();
         }
-        let shard = format!("shards/{}.safetensors", "0a".repeat(16));
-        for name in ["LOCK", "OWNER", "shards/piece.part", &shard, "manifests/next.part"] {
+        for name in ["LOCK", "OWNER", "shards/piece.part", "manifests/next.part"] {
             std::fs::write(path.join(name), "").unwrap();
         }
         std::fs::write(path.join("FORMAT"), format).unwrap();
@@ -78,8 +77,21 @@ fn a_directory_with_our_names_and_no_version_counts_as_empty() {
         writer.finish().unwrap();
         job.check(path, 4);
         assert_eq!(files(path, ""), ["FORMAT", "LOCK", "OWNER", "manifests", "shards"]);
-        assert!(!files(path, "shards").contains(&shard));
     }
+}
+
+#[test]
+fn shards_without_any_version_are_refused_and_left_alone() {
+    let (directory, job) = (folder(), job());
+    let mut writer = job.begin(&disk(directory.path())).unwrap();
+    job.append_all(&mut writer, 0, 4);
+    writer.finish().unwrap();
+    drop(writer);
+    let before = files(directory.path(), "shards");
+    std::fs::remove_dir_all(directory.path().join("manifests")).unwrap();
+    let error = job.begin(&disk(directory.path())).unwrap_err();
+    assert!(matches!(error, Error::Foreign { .. }), "{error}");
+    assert_eq!(files(directory.path(), "shards"), before);
 }
 
 #[test]
