@@ -369,7 +369,7 @@ def test_shards_that_lost_their_manifests_are_not_removed_by_a_new_store(tmp_pat
     for manifest in (directory / "manifests").iterdir():
         manifest.unlink()
     with pytest.raises(lm.ForeignDirectoryError, match=r"found shards/[0-9a-f]{32}\.safetensors"):
-        lm.create(directory, sites=SITES)
+        lm.create(directory, sites=dict.fromkeys(SITES, (WIDTH, "float32")))
     with pytest.raises(lm.ForeignDirectoryError, match="nothing was touched"):
         lm.open(directory)
     assert sorted((directory / "shards").iterdir()) == shards

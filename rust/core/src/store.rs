@@ -207,6 +207,7 @@ impl Store {
             None => match newest(&*disk)? {
                 Some(manifest) => manifest,
                 None => {
+                    publish::refuse_foreign(&*disk)?;
                     return Err(Error::NotReady { path: path(), owner });
                 }
             },
