@@ -316,6 +316,13 @@ def test_an_edited_nnsight_model_is_opaque_and_a_plain_one_is_not() -> None:
     assert opaque_reasons(model, inner) == ["edits of the nnsight model"]
 
 
+def test_autocast_is_compared_not_only_recorded(model: Any, tmp_path: Path) -> None:
+    lm.capture(model, PROMPTS, SITES, to=tmp_path)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        error = refused(model, tmp_path)
+    assert error.fields == {"autocast": (None, "bfloat16")}
+
+
 def test_what_changes_rounding_is_a_warning_on_a_hit(model: Any, tmp_path: Path) -> None:
     lm.capture(model, PROMPTS, SITES, to=tmp_path)
     torch.set_num_threads(2)

@@ -20,6 +20,7 @@ from lamina.computing import Work, compute
 from lamina.errors import CastOverflowError, DiskError, DiskFullError, InputError
 from lamina.identity import (
     RoundingWarning,
+    autocast_field,
     differing,
     model_fields,
     opaque_reasons,
@@ -175,6 +176,7 @@ def capture(
                 "sites": [str(site) for site in resolved.sites],
                 "positions": where.text,
                 "dtype": dtype_field(stored_dtypes(resolved, dtype)),
+                "autocast": autocast_field(placed),
                 **user_fields(identity),
             },
             opaque=opaque_reasons(model, module),

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "RoundingWarning",
+    "autocast_field",
     "differing",
     "model_fields",
     "opaque_reasons",
@@ -170,6 +171,15 @@ def rounding_facts(module: torch.nn.Module, device: torch.device) -> Fields:
     if experts is not None:
         facts["experts"] = str(experts)
     return facts
+
+
+def autocast_field(device: torch.device) -> str | None:
+    """Return the dtype that `torch.autocast` computes in, where the caller has switched it on."""
+    import torch
+
+    if not torch.is_autocast_enabled(device.type):
+        return None
+    return str(torch.get_autocast_dtype(device.type)).removeprefix("torch.")
 
 
 def user_fields(given: Mapping[str, object] | None) -> Fields:
