@@ -427,11 +427,11 @@ mod tests {
     #[test]
     fn groups_of_a_later_version_are_left_alone() {
         let read = resealed(|body| {
-            body.replacen(r#"}]}]}"#, r#"}]},{"kind":"ragged","sites":[["x","F16"]]}]}"#, 1)
+            body.replacen(r"}]}]}", r#"}]},{"kind":"ragged","sites":[["x","F16"]]}]}"#, 1)
         });
         let read = read.unwrap();
         assert_eq!((read.further_groups, read.totals()), (1, (8, 1)));
-        assert!(resealed(|body| body.replacen(r#"}]}]}"#, r#"}]},7]"#, 1)).is_err());
+        assert!(resealed(|body| body.replacen(r"}]}]}", r"}]},7]", 1)).is_err());
     }
 
     #[test]

@@ -204,13 +204,14 @@ impl Store {
             });
         }
         let manifest = match version {
-            None => match newest(&*disk)? {
-                Some(manifest) => manifest,
-                None => {
+            None => {
+                if let Some(manifest) = newest(&*disk)? {
+                    manifest
+                } else {
                     publish::refuse_foreign(&*disk)?;
                     return Err(Error::NotReady { path: path(), owner });
                 }
-            },
+            }
             Some(version) => match publish::read_version(&*disk, version) {
                 Err(error) if error.is_not_found() => {
                     let present = publish::versions(&*disk)?;
