@@ -261,6 +261,7 @@ REFUSED = {
     "list": ({SITE: ROWS.tolist()}, {}, lm.InputError, "a list is no tensor"),
     "objects": ({SITE: np.array([None])}, {}, lm.InputError, "array of object is no tensor"),
     "flat buffer": ({SITE: array.array("f", [1.0] * 4)}, {}, lm.InputError, r"got \[4\]"),
+    "no dict": (ROWS, {}, lm.InputError, "append takes a dict from each site to its rows, not a"),
     "missing": ({}, {}, lm.InputError, r"rows are missing for model\.layers\[7\]\.output"),
     "unknown": ({SITE: ROWS, "model.x.output": ROWS}, {}, lm.SiteNotFoundError, r"model\.x"),
     "twice": (
@@ -346,6 +347,7 @@ DECLARED = {
     "typo": ({"model.h[1": (1, "f32")}, lm.PathError, "at byte"),
     "dtype": ({SITE: (1, "float33")}, lm.DtypeError, "unknown dtype `float33`"),
     "no pair": ({SITE: 3}, lm.InputError, r"expected the shape of a row and its dtype"),
+    "no dict": ([SITE], lm.InputError, "sites is a list; expected a dict from each path"),
     "text": ({SITE: "f4"}, lm.InputError, r"expected the shape of a row and its dtype"),
     "no length": ({SITE: (0, "f32")}, lm.InputError, r"got \(0, 'f32'\)"),
     "no shape": ({SITE: ("a", "f32")}, lm.InputError, r"got \('a', 'f32'\)"),

@@ -59,7 +59,7 @@ class SavedActivation(Mapping[str, "torch.Tensor"]):
     def __init__(self) -> None:
         self._entries: dict[str, _Entry] = {}
         self._identity: dict[str, Any] = {}
-        self._index: tuple[_core.SiteIndex, list[str]] | None = None
+        self._index: tuple[_core.SiteIndex, list[list[str]]] | None = None
         self._tree: Values | None = None
 
     @classmethod
@@ -172,12 +172,14 @@ class SavedActivation(Mapping[str, "torch.Tensor"]):
     def _find(self, path: str) -> list[str]:
         """Return the targets kept that a path or pattern stands for."""
         if self._index is None:
-            sites = list(dict.fromkeys(entry.site for entry in self._entries.values()))
-            self._index = _core.SiteIndex(sites), sites
-        index, sites = self._index
+            sites: dict[str, list[str]] = {}
+            for text, entry in self._entries.items():
+                sites.setdefault(entry.site, []).append(text)
+            self._index = _core.SiteIndex(list(sites)), list(sites.values())
+        index, targets = self._index
         found: list[str] = []
         for number, position in index.find(path):
-            here = [text for text, entry in self._entries.items() if entry.site == sites[number]]
+            here = targets[number]
             exact = [text for text in here if self._entries[text].position == position]
             if not exact and isinstance(position, list):
                 exact = [text for text in here if self._entries[text].position in position]

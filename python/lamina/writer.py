@@ -345,6 +345,9 @@ class Writer:
 
     def _columns(self, columns: Mapping[str, object]) -> tuple[list[NDArray[np.uint8]], int]:
         """Return every site's bytes in the order of the store, and how many rows they have."""
+        if not hasattr(columns, "items"):
+            kind = type(columns).__name__
+            raise InputError(f"append takes a dict from each site to its rows, not a {kind}")
         given: dict[int, object] = {}
         for path, values in columns.items():
             at = self._order.get(path)
@@ -410,6 +413,11 @@ def _declared(sites: Mapping[str, SiteFacts]) -> list[tuple[str, str, tuple[int,
     """Return path, dtype and shape of each site, in structural order."""
     if not sites:
         raise InputError("sites is empty: a store needs at least one")
+    if not hasattr(sites, "items"):
+        raise InputError(
+            f"sites is a {type(sites).__name__}; expected a dict from each path to the shape of a "
+            "row and its dtype: {'model.layers[7].output': (768, 'bfloat16')}"
+        )
     declared: dict[_core.Path, tuple[str, str, tuple[int, ...]]] = {}
     for text, facts in sites.items():
         path = _core.Path(text)
