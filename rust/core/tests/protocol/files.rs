@@ -52,6 +52,7 @@ fn a_start_removes_temporary_files_and_shards_outside_the_two_newest_versions() 
         std::fs::write(path.join(name), "left by a crash").unwrap();
     }
     let mut writer = job.resume(&disk(path)).unwrap();
+    assert!(!path.join("shards/old.part").exists() && !path.join("manifests/next.part").exists());
     writer.close();
     assert_eq!(files(path, "shards"), before);
     assert_eq!(files(path, "manifests").len(), 2);
