@@ -13,7 +13,7 @@ import shlex
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lamina.errors import IdentityError, InputError
-from lamina.wording import counted, listed
+from lamina.wording import counted, listed, module_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -120,7 +120,7 @@ def opaque_reasons(model: object, module: torch.nn.Module) -> list[str]:
     if tracing.has_edits(model):
         reasons.append("edits of the nnsight model")
     hooks = [
-        f"{_module_text(name)} ({found})"
+        f"{module_text(name)} ({found})"
         for name, each in module.named_modules()
         if (found := _foreign(each)) is not None
     ]
@@ -292,8 +292,3 @@ def _foreign(module: torch.nn.Module) -> str | None:
     if type(mover).__name__ == "AlignDevicesHook" and not getattr(mover, "offload", True):
         return None  # accelerate only moves the inputs
     return f"forward of {getattr(replaced, '__module__', type(replaced).__module__)}"
-
-
-def _module_text(name: str) -> str:
-    parts = name.split(".") if name else []
-    return "model" + "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in parts)

@@ -17,7 +17,7 @@ from lamina.dtypes import dtype_name
 from lamina.errors import DtypeError, InputError, PositionError, SiteError
 from lamina.positions import parse_positions
 from lamina.rehearsal import SIZES, Inputs, Rehearsal, rehearse
-from lamina.wording import counted, shape_text
+from lamina.wording import counted, module_text, shape_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -182,7 +182,7 @@ def _refuse_shared(
     for path in paths:
         name = names[id(modules[path.module])]
         if name != path.module:
-            port = f"{_module_text(name)}.{path.port}"
+            port = f"{module_text(name)}.{path.port}"
             raise SiteError(
                 f"`{path}` is the same module as `{port}`, used more than once; its calls are "
                 f"`{port}`, `{port}@1` and so on"
@@ -232,7 +232,7 @@ def _element(path: Path, seen: Structure | Inputs) -> tuple[int, Leaf, list[int]
             raise SiteError(f"`{path}`: {structure} has no element `.{names[0]}`")
         return used, structure, place + ports.places(whole, chosen)
     reached = port + "".join(f"[{s}]" if isinstance(s, int) else f".{s}" for s in chosen)
-    text = f"`{_module_text(path.module)}.{reached}`"
+    text = f"`{module_text(path.module)}.{reached}`"
     if isinstance(structure, ports.Branch):
         raise SiteError(f"{text} is a {structure}: {ports.listing(structure, reached)}; name one")
     if isinstance(seen, Inputs) and port == path.port and seen.named:
@@ -289,7 +289,7 @@ def _unreached(
         held = "[:]" if isinstance(each, torch.nn.ModuleList) else f".{next(iter(each), '…')}"
         return (
             f"{text}: a {type(each).__name__} only holds modules and is never called; "
-            f"name what it holds: {_module_text(name)}{held}.{path.port}"
+            f"name what it holds: {module_text(name)}{held}.{path.port}"
         )
     attention = getattr(getattr(module, "config", None), "_attn_implementation", None)
     if re.search("attn|attention", name.lower()) and attention not in (None, "eager"):
@@ -299,7 +299,7 @@ def _unreached(
         )
     parent = name.rpartition(".")[0]
     if name and parent in modules and not rehearsal.runs[0].calls[parent]:
-        return f"{text}: `{_module_text(parent)}`, which holds it, is not called either"
+        return f"{text}: `{module_text(parent)}`, which holds it, is not called either"
     return f"{text}: the forward does not call this module (it may use its weights directly)"
 
 
@@ -308,9 +308,4 @@ def _call(path: Path) -> int:
 
 
 def _port_text(site: Site) -> str:
-    return f"{_module_text(site.module)}.{site.port}" + (f"@{site.call}" if site.call else "")
-
-
-def _module_text(name: str) -> str:
-    parts = name.split(".") if name else []
-    return "model" + "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in parts)
+    return f"{module_text(site.module)}.{site.port}" + (f"@{site.call}" if site.call else "")

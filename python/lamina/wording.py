@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
-__all__ = ["bytes_text", "counted", "listed", "shape_text"]
+__all__ = ["bytes_text", "counted", "listed", "module_text", "shape_text"]
 
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
@@ -43,6 +43,16 @@ def listed(items: Iterable[object], *, most: int = 8) -> str:
     if len(texts) < 2:
         return "".join(texts)
     return f"{', '.join(texts[:-1])} and {texts[-1]}"
+
+
+def module_text(name: str) -> str:
+    """Return a module's name, as `named_modules()` gives it, as it stands in paths.
+
+    >>> module_text("model.layers.3.mlp"), module_text("")
+    ('model.model.layers[3].mlp', 'model')
+    """
+    parts = name.split(".") if name else []
+    return "model" + "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in parts)
 
 
 def shape_text(shape: Sequence[int | str]) -> str:
