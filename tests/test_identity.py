@@ -1,6 +1,7 @@
 """What decides whether stored numbers are used again: every compared field, and what is opaque."""
 
 import copy
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -350,3 +351,45 @@ def test_options_that_a_store_lacks_are_refused_on_a_hit(model: Any, tmp_path: P
     lm.capture(model, TEXTS, SITES, to=tmp_path, tokenizer=word_tokenizer(), texts=False)
     error = refused(model, tmp_path, TEXTS, tokenizer=word_tokenizer(), texts=True)
     assert error.fields == {"texts": (False, True)}
+
+
+class _Scaled(torch.nn.Module):
+    """A model without a configuration: what it computes depends on plain attributes."""
+
+    def __init__(self, scale: float, epsilon: float, act: object) -> None:
+        super().__init__()
+        self.embed = torch.nn.Embedding(10, 4)
+        self.norm = torch.nn.LayerNorm(4, eps=epsilon)
+        self.scale, self.act = scale, act
+
+    def forward(self, input_ids, attention_mask):
+        return self.act(self.norm(self.embed(input_ids))) * self.scale
+
+
+def test_settings_of_a_model_without_a_configuration_are_compared():
+    def fields(scale=1.0, epsilon=1e-5, act=torch.tanh):
+        torch.manual_seed(0)
+        return model_fields(_Scaled(scale, epsilon, act))
+
+    same = fields()
+    assert differing(same, fields()) == {}
+    assert differing(same, fields(scale=2.0)) == {"settings.scale": (1.0, 2.0)}
+    assert set(differing(same, fields(epsilon=1.0))) == {"modules"}
+    assert set(differing(same, fields(act=torch.sigmoid))) == {"settings.act"}
+    assert json.loads(json.dumps(fields(scale=float("inf"))))["settings.scale"] == "inf"
+
+
+def test_an_adapter_that_is_switched_off_or_scaled_is_another_model():
+    class Adapted(torch.nn.Module):
+        """What PEFT's layers show of themselves."""
+
+        def __init__(self, *, disable: bool = False, scaling: float = 1.0) -> None:
+            super().__init__()
+            self.peft_config: dict[str, Any] = {}
+            self.disable_adapters, self.active_adapters = disable, ["default"]
+            self.scaling = {"default": scaling}
+
+    plain = model_fields(Adapted())
+    assert "adapters" in differing(plain, model_fields(Adapted(disable=True)))
+    assert set(differing(plain, model_fields(Adapted(scaling=2.0)))) == {"adapters"}
+    assert differing(plain, model_fields(Adapted())) == {}

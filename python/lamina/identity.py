@@ -1,14 +1,16 @@
 """What decides whether stored numbers can be used again: what made them, bit for bit.
 
-Compared are the model (class, modules, configuration, every parameter and buffer as it is in
-memory), the tokenizer, the token ids, sites, positions, dtype and attention implementation. Names,
-paths and versions are recorded beside it. What cannot be seen from here makes an identity *opaque*.
+Compared are the model (class, modules, configuration or else plain attributes, every parameter and
+buffer as it is in memory), the tokenizer, the token ids, sites, positions, dtype and attention
+implementation. Names, paths and versions are recorded beside it. What cannot be seen from here
+makes an identity *opaque*.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shlex
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -67,6 +69,9 @@ _RECORDED_ONLY = frozenset(
 """Fields of a configuration that say where it came from or what a call returns."""
 
 
+_ADAPTER_STATE = ("active_adapters", "disable_adapters", "merged_adapters", "scaling")
+
+
 class RoundingWarning(UserWarning):
     """A store was made on another device or with other versions: numbers may differ in rounding."""
 
@@ -78,12 +83,46 @@ def model_fields(module: torch.nn.Module) -> Fields:
     if config is not None and hasattr(config, "to_dict"):
         fields.update(_flat("config", config.to_dict()))
         fields["attention"] = getattr(config, "_attn_implementation", None)
+    else:
+        fields.update(_settings(module))
     if hasattr(module, "peft_config"):
         adapters = {name: item.to_dict() for name, item in dict(module.peft_config).items()}  # type: ignore[arg-type]
-        fields["adapters"] = _text_digest(json.dumps(adapters, sort_keys=True, default=str))
-    tree = [(name, type(each).__name__) for name, each in module.named_modules()]
+        # An adapter may be there and be switched off, or be scaled.
+        states = [
+            [name, *(str(getattr(each, key, None)) for key in _ADAPTER_STATE)]
+            for name, each in module.named_modules()
+            if hasattr(each, "disable_adapters")
+        ]
+        fields["adapters"] = _text_digest(
+            json.dumps([adapters, states], sort_keys=True, default=str)
+        )
+    tree = [(name, type(each).__name__, _own_words(each)) for name, each in module.named_modules()]
     fields["modules"] = _text_digest(json.dumps(tree))
     fields["weights"] = weights_digest(module)
+    return fields
+
+
+def _own_words(module: torch.nn.Module) -> str:
+    """Return what a module of torch prints of itself, such as the epsilon of a norm."""
+    return module.extra_repr() if type(module).__module__.startswith("torch.") else ""
+
+
+def _settings(module: torch.nn.Module) -> Fields:
+    """Return the plain attributes of a model's own modules, which no configuration holds."""
+    fields: Fields = {}
+    for name, each in module.named_modules():
+        if type(each).__module__.startswith("torch."):
+            continue
+        for key, value in sorted(vars(each).items()):
+            if key.startswith("_") or key == "training":
+                continue
+            field = ".".join(filter(None, ("settings", name, key)))
+            if isinstance(value, bool | int | str):
+                fields[field] = value
+            elif isinstance(value, float):
+                fields[field] = value if math.isfinite(value) else str(value)
+            elif callable(value) and hasattr(value, "__qualname__"):
+                fields[field] = f"{value.__module__}.{value.__qualname__}"
     return fields
 
 
