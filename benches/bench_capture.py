@@ -21,7 +21,7 @@ BATCH, LENGTH = 8, 128
 def main() -> None:
     """Measure and print."""
     options = arguments(__doc__)
-    prompts = 256 if options.full else 64
+    prompts = 512 if options.full else 128
     model, _ = load_model()
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(5, 40_000, (prompts, LENGTH), generator=generator)
@@ -54,7 +54,7 @@ def main() -> None:
             "capture": timed(partial(capture, prompts)),
             "capture of one batch": timed(partial(capture, BATCH)),
         }
-        seconds = compare(cases, options.rounds or (5 if options.full else 3))
+        seconds = compare(cases, options.rounds or (3 if options.full else 2))
 
     plain = seconds["plain forward"]
     rows = []
