@@ -267,28 +267,6 @@ impl Store {
         Ok(found.map(|manifest| Self::over(Arc::clone(&self.disk), manifest)))
     }
 
-    /// Makes the version that was found durable, as far as the file system allows: what was seen
-    /// may be lost in the next power cut otherwise.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Io`]; a read-only file system is none.
-    pub fn settle(&self) -> Result<()> {
-        for folder in [crate::disk::Folder::Shards, crate::disk::Folder::Manifests] {
-            match self.disk.sync_folder(folder) {
-                Err(Error::Io { source, .. })
-                    if matches!(
-                        source.kind(),
-                        std::io::ErrorKind::ReadOnlyFilesystem
-                            | std::io::ErrorKind::InvalidInput
-                            | std::io::ErrorKind::PermissionDenied
-                    ) => {}
-                other => other?,
-            }
-        }
-        Ok(())
-    }
-
     /// Runs `read` over the present view; if a shard is missing, over that of a newer version of
     /// the same store, whose rows have the same numbers.
     pub(crate) fn with_view<T>(&self, read: impl Fn(&View) -> Result<T>) -> Result<T> {

@@ -235,11 +235,6 @@ impl Store {
         Ok(newer.map(|store| Self { directory, store: Arc::new(store) }))
     }
 
-    /// Make what was found durable; a read-only file system is no error.
-    fn settle(&self, py: Python<'_>) -> PyResult<()> {
-        run(py, || self.store.settle())
-    }
-
     /// Return all rows of a site without a copy, in a mapping of its own.
     fn column(&self, py: Python<'_>, site: usize) -> PyResult<Tensor> {
         let (dtype, feature, _) = self.site(py, site)?;
