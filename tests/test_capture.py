@@ -511,6 +511,7 @@ def test_an_nnsight_model_brings_its_tokenizer_and_its_edits(tmp_path: Path) -> 
     assert (got - alone(inner, ids, 0)).abs().max() < 1e-5
     with model.edit(inplace=True):
         model.model.layers[0].output = model.model.layers[0].output * 0 + 1
-    edited = lm.capture(model, TEXTS, RESIDUALS, to=tmp_path / "edited")
+    with pytest.warns(lm.OpaqueWarning, match="edits of the nnsight model"):
+        edited = lm.capture(model, TEXTS, RESIDUALS, to=tmp_path / "edited")
     assert edited["model.layers[0].output"].tensor.unique().tolist() == [1.0]
     assert edited.identity["opaque"] == ["edits of the nnsight model"]

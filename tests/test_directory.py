@@ -130,3 +130,17 @@ def test_what_is_in_the_making_is_no_store_yet(target):
     feeder = Feeder(target, SITES)
     feeder.core.finish()
     assert lm.open(target).complete
+
+
+def test_a_finished_store_keeps_no_piece_that_its_last_shard_replaced(target):
+    feeder = Feeder(target, SITES, shard_bytes=64 * 12)
+    for _ in range(3):
+        feeder.window([1, 2])
+        feeder.core.commit()
+    assert len(names(target / "shards")) > 3
+    feeder.core.finish()
+    newest = max(int(name[:20]) for name in names(target / "manifests"))
+    (entry,) = decoder.read_store(target, newest).group["shards"]
+    assert names(target / "shards") == {f"{entry['name']}.safetensors"}
+    assert lm.open(target).complete
+    assert not lm.open(target, version=newest - 1).complete

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from lamina.errors import StoreNotFoundError as StoreNotFoundError
     from lamina.errors import StoreNotReadyError as StoreNotReadyError
     from lamina.errors import VersionNotFoundError as VersionNotFoundError
+    from lamina.identity import OpaqueWarning as OpaqueWarning
     from lamina.identity import RoundingWarning as RoundingWarning
     from lamina.prompts import Prompt as Prompt
     from lamina.replay import patched as patched
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Column": "column",
     "Prompt": "prompts",
+    "OpaqueWarning": "identity",
     "RoundingWarning": "identity",
     "SavedActivation": "saved",
     "Store": "store",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shlex
 import shutil
 import warnings
 from pathlib import Path
@@ -17,8 +18,15 @@ from typing import TYPE_CHECKING, Any
 
 from lamina import _core, forward
 from lamina.computing import Work, compute
-from lamina.errors import CastOverflowError, DiskError, DiskFullError, InputError
+from lamina.errors import (
+    CastOverflowError,
+    DiskError,
+    DiskFullError,
+    IdentityError,
+    InputError,
+)
 from lamina.identity import (
+    OpaqueWarning,
     RoundingWarning,
     autocast_field,
     differing,
@@ -187,6 +195,14 @@ def capture(
             _check_model(request, found)
             if found.complete:
                 return _hit(request, found, shown)
+        if found is None and request.opaque and not request.named:
+            warnings.warn(
+                f"this capture can be neither resumed nor recognised later: what the model "
+                f"computes cannot be told from its tensors ({listed(request.opaque)}). Name it: "
+                f"identity={{'edits': 'v1'}}",
+                OpaqueWarning,
+                stacklevel=2,
+            )
         writer = _core.Writer(directory)
         try:
             return _write(request, writer, shown, commit_seconds)
@@ -202,15 +218,13 @@ def _check_model(request: Request, found: Found) -> None:
     if fields:
         raise refusal(request.directory, fields, _hints(fields, request.directory))
     if request.opaque and not request.named:
-        raise refusal(
-            request.directory,
+        raise IdentityError(
+            f"{request.directory} cannot be compared with this capture: what the model computes "
+            f"cannot be told from its tensors ({listed(request.opaque)}), so nothing says whether "
+            f"these numbers are the same.\nName it when a store is begun and each time after: "
+            f"identity={{'edits': 'v1'}}. To begin anew, choose another directory, or remove this "
+            f"one: rm -r {shlex.quote(request.directory)}",
             {"opaque": (found.identity.get("opaque"), request.opaque)},
-            [
-                "What the model computes cannot be told from its tensors, so nothing says whether "
-                "these numbers are the same.",
-                "Name what cannot be compared when the store is begun and each time after: "
-                "identity={'edits': 'v1'}.",
-            ],
         )
 
 

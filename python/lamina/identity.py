@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     Fields: TypeAlias = dict[str, Json]
 
 __all__ = [
+    "OpaqueWarning",
     "RoundingWarning",
     "autocast_field",
     "differing",
@@ -70,6 +71,10 @@ _RECORDED_ONLY = frozenset(
 
 
 _ADAPTER_STATE = ("active_adapters", "disable_adapters", "merged_adapters", "scaling")
+
+
+class OpaqueWarning(UserWarning):
+    """A capture is begun that can be neither resumed nor recognised, as nobody names its edits."""
 
 
 class RoundingWarning(UserWarning):
@@ -286,7 +291,8 @@ def _flat(name: str, value: Any) -> Iterator[tuple[str, Json]]:  # noqa: ANN401
             if str(key) not in _RECORDED_ONLY:
                 yield from _flat(f"{name}.{key}", item)
         return
-    yield name, json.loads(json.dumps(value, default=str))
+    # JSON has no infinity, and some configurations do: text stands for it.
+    yield name, json.loads(json.dumps(value, default=str), parse_constant=str)
 
 
 def _text_digest(text: str) -> str:

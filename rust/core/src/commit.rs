@@ -460,10 +460,19 @@ impl Writer {
         }
         self.remove_parts()?;
         if !self.manifest.complete || self.windows != self.manifest.windows {
+            // Pieces of the last version go only when a second version names their replacement.
+            if self.has_pieces_to_replace() {
+                self.commit_version(false)?;
+            }
             self.commit_version(true)?;
         }
         self.check_turn()?;
         self.disk.remove_spool()
+    }
+
+    fn has_pieces_to_replace(&self) -> bool {
+        let short = self.manifest.shards.iter().skip(self.manifest.full_shards());
+        short.into_iter().any(|piece| self.full.last() != Some(piece))
     }
 
     /// Ends the writer without committing; temporary files are removed.

@@ -114,7 +114,8 @@ impl Progress {
     }
 
     /// Says what is wrong with the store at `path`: it must be at the version that was
-    /// acknowledged or at the next one, whole, and the version before must be there too.
+    /// acknowledged or at the next one (the next two at the end), whole, and the version before
+    /// must be there too.
     /// Returns what is known now.
     pub(crate) fn examine(&self, path: &Path, job: &Job) -> std::result::Result<Self, String> {
         let store = match Store::open(path, None) {
@@ -126,9 +127,12 @@ impl Progress {
         };
         let (version, windows) = (store.manifest().version, store.manifest().windows);
         let newest = self.newest().unwrap_or(0);
+        let all = job.windows.len() as u64;
         let known = match self.versions.get(&version) {
             Some(&windows) if version == newest => Some(windows),
             None if version == newest + 1 => self.next,
+            // The end replaces pieces in one version and drops them in a second one.
+            None if version == newest + 2 => self.next.filter(|&next| next == all),
             _ => None,
         };
         if known != Some(windows) {
@@ -138,7 +142,9 @@ impl Progress {
         let mut now = self.clone();
         now.versions.insert(version, windows);
         now.next = None;
-        if let Some(&windows) = self.versions.get(&(version - 1)) {
+        let before =
+            if version == newest + 2 { Some(&all) } else { self.versions.get(&(version - 1)) };
+        if let Some(&windows) = before {
             let before = Store::open(path, Some(version - 1))
                 .map_err(|error| format!("the version before {version}: {error}"))?;
             if before.manifest().windows != windows {
