@@ -165,8 +165,18 @@ def test_cat_shortens_long_vectors_unless_asked_not_to(tmp_path, capsys):
         (["cat", "ACTS", SITE, "--prompt", "9"], "9 lies outside the prompts"),
         (["capture", "x", "none.txt", "--sites", "model.x.output", "--to", "y"], "none.txt is no"),
         (["capture", ".", "TEXTS", "--sites", "model.x.output", "--to", "y"], "no config.json"),
-        (["capture", "x.gguf", "TEXTS", "--sites", "m", "--to", "y"], "x.gguf is no file"),
-        (["verify", "ACTS", "--threads", "-3"], "threads=-3: expected a number of threads"),
+        (["capture", "x.gguf", "TEXTS", "--sites", "model.x.output", "--to", "y"], "x.gguf is no"),
+        (
+            ["capture", "x", "TEXTS", "--sites", "h[3].mlp.output", "--to", "y"],
+            "did you mean `model.h[3].mlp.output`?",
+        ),
+        (["capture", "./x", "TEXTS", "--sites", "model.x.output", "--to", "y"], "./x: no such fol"),
+        (
+            ["capture", "x", "TEXTS", "--sites", "model.x.output", "--to", "texts.txt"],
+            "texts.txt is a file; a store is a directory",
+        ),
+        (["info", "texts.txt"], "texts.txt is a file; a store is a directory"),
+        (["verify", "ACTS", "--threads", "-3"], "--threads -3: expected a number of threads"),
         (["demo", "--out", "texts.txt/out"], "cannot make texts.txt/out: Not a directory"),
     ],
 )
@@ -223,15 +233,24 @@ def test_output_that_nobody_reads_on_is_no_error(acts):
 def test_texts_are_lines_or_fields(tmp_path, monkeypatch):
     lines = tmp_path / "texts.txt"
     lines.write_text("one\n\n  two \r\nthree", encoding="utf-8")
-    assert list(read_texts(str(lines), "text")) == ["one", "  two ", "three"]
-    assert list(read_texts(str(lines), "text", limit=2)) == ["one", "  two "]
+    empty = {"input_ids": [], "text": ""}
+    blank: list[int] = []
+    assert list(read_texts(str(lines), "text", None, blank)) == ["one", empty, "  two ", "three"]
+    assert blank == [2]
+    assert list(read_texts(str(lines), "text", limit=2)) == ["one", empty]
     objects = tmp_path / "texts.jsonl"
     objects.write_text('{"text": "é", "q": "x"}\n\n{"text": "b\\n", "q": "y"}\n', encoding="utf-8")
     assert list(read_texts(str(objects), "text")) == ["é", "b\n"]
     assert list(read_texts(str(objects), "q")) == ["x", "y"]
     with lines.open() as stdin:
         monkeypatch.setattr(sys, "stdin", stdin)
-        assert list(read_texts("-", "text")) == ["one", "  two ", "three"]
+        assert list(read_texts("-", "text")) == ["one", empty, "  two ", "three"]
+
+
+def test_the_line_end_at_the_end_of_a_file_is_no_prompt(tmp_path):
+    path = tmp_path / "texts.txt"
+    path.write_text("one\ntwo\n")
+    assert list(read_texts(str(path), "text")) == ["one", "two"]
 
 
 @pytest.mark.parametrize(
@@ -293,6 +312,46 @@ def test_capture_of_a_folder_equals_a_plain_forward(folder, tmp_path, capsys):
     assert "sites" in again[2]
 
 
+def test_blank_lines_are_named_and_keep_their_numbers_if_skipped(folder, tmp_path, capsys):
+    texts = tmp_path / "texts.txt"
+    texts.write_text("the cat\n\nmat\n \n")
+    given = ["--sites", "model.layers[0].output", "--to", tmp_path / "acts", "--quiet"]
+    status, _, err = run(capsys, "capture", folder, texts, *given)
+    assert status == 3
+    assert "2 prompts have no tokens: 1 and 3; --empty skip leaves them out" in err
+    assert f"blank in {texts}: lines 2 and 4" in err
+    status, _, err = run(capsys, "capture", folder, texts, *given, "--empty", "skip")
+    assert status == 0, err
+    store = lm.open(tmp_path / "acts")
+    assert [prompt.text for prompt in store.prompts] == ["the cat", "", "mat", " "]
+    assert [prompt.length for prompt in store.prompts] == [2, 0, 1, 0]
+
+
+def test_a_wrong_site_is_refused_before_torch_is_imported(tmp_path):
+    (tmp_path / "texts.txt").write_text("a\n")
+    code = (
+        "import sys; from lamina.cli import main; "
+        "status = main(['capture', 'x', 'texts.txt', '--sites', 'h.output', '--to', 'y']); "
+        "sys.exit('torch' in sys.modules or status != 3)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=False, cwd=tmp_path)
+    assert done.returncode == 0
+
+
+def test_verify_of_a_store_too_damaged_to_open_is_status_one(acts, capsys):
+    newest = max(Path(acts, "manifests").iterdir())
+    text = newest.read_bytes()
+    newest.write_bytes(text[: len(text) // 2])
+    status, out, _ = run(capsys, "verify", acts)
+    assert status == 1
+    assert out.startswith("damaged: ")
+    assert "open it with --at 1" in out
+    newest.write_bytes(text)
+    Path(acts, "FORMAT").unlink()
+    status, out, _ = run(capsys, "verify", acts)
+    assert (status, "FORMAT" in out) == (1, True)
+
+
 def test_capture_with_positions_dtype_and_limit(folder, tmp_path, capsys):
     (tmp_path / "texts.jsonl").write_text('{"t": "the cat"}\n{"t": "mat"}\n{"t": "on the mat"}\n')
     status, _, err = run(
@@ -319,7 +378,7 @@ def test_a_device_that_is_not_there_is_one_sentence(folder, tmp_path, capsys):
     given = ["--sites", "model.layers[0].output", "--to", tmp_path / "acts", "--device", "nowhere"]
     status, out, err = run(capsys, "capture", folder, tmp_path / "texts.txt", *given)
     assert (status, out) == (3, "")
-    assert "device='nowhere': " in err
+    assert "--device nowhere: " in err
 
 
 def test_the_command_is_installed():

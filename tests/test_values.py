@@ -79,3 +79,19 @@ def test_modules_called_output_calls_and_elements_nest(tmp_path):
     assert layer.attention.self.output[1][-1].tensor.item() == 3
     assert layer.attention.self.input.mask[0].tensor.item() == 4
     assert values.output[-1].tensor.item() == 5
+
+
+def test_what_is_written_otherwise_is_explained(store, tmp_path):
+    with pytest.raises(
+        IndexError, match=r"name one \(there is \[0\], .*or use store\['model\.layers"
+    ):
+        store.values.layers[0:2]
+    with pytest.raises(TypeError, match=r"tree of sites, not a method"):
+        store.values()
+    assert store.values.model.layers[1].output.path == SITES[1]
+    site = "model.model.layers[0].output"
+    with lm.create(tmp_path / "root", sites={site: (1, "f32")}) as writer:
+        writer.append({site: torch.ones(2, 1)}, tokens=[1, 2])
+    values = lm.open(tmp_path / "root").values
+    assert values.model.model.layers[0].output.path == site
+    assert values.model.layers[0].output.path == site

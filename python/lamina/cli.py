@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 from typing import TYPE_CHECKING, NoReturn
 
-from lamina.errors import DiskError, InputError, LaminaError
+from lamina.errors import CorruptError, DiskError, InputError, LaminaError, MissingShardError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -42,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status: int = options.run(options)
         sys.stdout.flush()
     except LaminaError as error:
-        print(f"lamina: {error}", file=sys.stderr)
+        print(f"lamina: {_as_options(str(error))}", file=sys.stderr)
         for note in getattr(error, "__notes__", ()):
             print(f"  {note}", file=sys.stderr)
         return _REFUSED
@@ -56,6 +57,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     return status
+
+
+_ARGUMENT = re.compile(
+    r"(?<![\w./=-])(version|batch_size|max_length|short|empty|overflow|device|threads)"
+    r"=('[^']*'|…|[\w-]+)"
+)
+
+
+def _as_options(message: str) -> str:
+    """Return a message with Python's arguments as the command line has them.
+
+    >>> _as_options("open it with version=7"), _as_options("empty='skip' leaves them out")
+    ('open it with --at 7', '--empty skip leaves them out')
+    """
+
+    def option(found: re.Match[str]) -> str:
+        name = "at" if found[1] == "version" else found[1].replace("_", "-")
+        return f"--{name} {found[2].strip(chr(39))}"
+
+    return _ARGUMENT.sub(option, message.replace("truncate=True or ", ""))
 
 
 def _joined(arguments: Sequence[str]) -> list[str]:
@@ -103,7 +124,7 @@ examples:
         "  lamina capture ./SmolLM2-135M texts.txt --sites 'model.layers[:].output' --to acts/\n"
         "  lamina capture model.gguf prompts.jsonl --field text --dtype bf16 \\\n"
         "      --sites 'model.layers[::4].output[-1]' --to acts/\n"
-        "  lamina capture gpt2 texts.txt --sites 'transformer.h[3].mlp.output' --to acts/",
+        "  lamina capture gpt2 texts.txt --sites 'model.transformer.h[3].mlp.output' --to acts/",
     )
     from lamina import cli_capture
 
@@ -230,9 +251,20 @@ def _print_table(table: Iterable[list[str]], widths: list[int]) -> None:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    store = _opened(options)
     progress = _progress if sys.stderr.isatty() else None
-    report = store.verify(threads=options.threads, progress=progress)
+    try:
+        report = _opened(options).verify(threads=options.threads, progress=progress)
+    except (CorruptError, MissingShardError) as error:  # so damaged that it cannot be opened
+        print(f"damaged: {_as_options(str(error))}")
+        return _DAMAGED
+    except DiskError as error:
+        from pathlib import Path
+
+        store = Path(options.store)
+        if (store / "FORMAT").exists() or not (store / "manifests").is_dir():
+            raise
+        print(f"damaged: {error}")
+        return _DAMAGED
     if progress is not None:
         print(file=sys.stderr)
     print(report)

@@ -283,10 +283,12 @@ def columns_of(attention_mask: torch.Tensor, position: int) -> torch.Tensor:
     absolute = lengths + position if position < 0 else lengths.new_full(lengths.shape, position)
     lacking = (absolute < 0) | (absolute >= lengths)
     if bool(lacking.any()):
-        rows = lacking.nonzero().flatten()
+        rows = lacking.nonzero().flatten().tolist()
+        tokens = lengths[rows].tolist()
         raise PositionError(
-            f"rows {listed(rows.tolist())} have no token {position}; "
-            f"they have {listed(lengths[rows].tolist())} tokens"
+            f"row {rows[0]} has no token {position}; it has {counted(tokens[0], 'token')}"
+            if len(rows) == 1
+            else f"rows {listed(rows)} have no token {position}; they have {listed(tokens)} tokens"
         )
     return starts + absolute
 

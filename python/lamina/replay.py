@@ -65,7 +65,8 @@ def patched(model: object, saved: Saved | Mapping[str, torch.Tensor]) -> Iterato
     Args:
         model: The model.
         saved: What `Store.load` returned, or a mapping from targets to tensors `[prompts,
-            *feature]` (`[prompts, k, *feature]` for a list of k positions).
+            *feature]` (`[prompts, k, *feature]` for a list of k positions). Each names single
+            tokens: a whole site and a slice, such as `[-2:]`, are refused.
 
     Raises:
         SiteNotFoundError: A target's module is not in the model.
@@ -79,11 +80,24 @@ def patched(model: object, saved: Saved | Mapping[str, torch.Tensor]) -> Iterato
             logits = model(**batch).logits
     """
     module = forward.unwrap(model)
-    patches = _patches(model, dict(saved.items()))
+    patches = _patches(model, _tensors(saved))
     handles: list[Any] = []
     run = _Run(module, patches)
     with forward.hooked(handles, lambda: run.install(handles)):
         yield
+
+
+def _tensors(saved: object) -> dict[str, torch.Tensor]:
+    import torch
+
+    pairs = getattr(saved, "items", None)
+    found: dict[str, Any] = dict(pairs()) if callable(pairs) else {"": None}
+    if not all(isinstance(values, torch.Tensor) for values in found.values()):
+        raise InputError(
+            f"patched takes what store.load(...) returns, or a dict from targets to tensors; "
+            f"this is of {type(saved)}"
+        )
+    return found
 
 
 def _patches(model: object, saved: dict[str, torch.Tensor]) -> list[_Patch]:

@@ -17,6 +17,7 @@ from lamina.dtypes import dtype_name
 from lamina.errors import DtypeError, InputError, PositionError, SiteError
 from lamina.positions import parse_positions
 from lamina.rehearsal import SIZES, Inputs, Rehearsal, rehearse
+from lamina.spelling import read_path, wildcards_explained
 from lamina.wording import counted, module_text, shape_text
 
 if TYPE_CHECKING:
@@ -167,12 +168,13 @@ def locate(
 
 
 def _expand(tree: ModuleTree, text: str | Path) -> list[Path]:
-    path = Path(text) if isinstance(text, str) else text
+    path = read_path(text)
     if path.grad:
         raise SiteError(f"`{path}`: gradients cannot be captured, not yet")
     if isinstance(path.call, slice):
         raise SiteError(f"`{path}`: ranges of calls cannot be captured, not yet; name one call")
-    return tree.expand(path)
+    with wildcards_explained(path):
+        return tree.expand(path)
 
 
 def _refuse_shared(

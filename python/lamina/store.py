@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from lamina import _core
 from lamina.dtypes import row_bytes
 from lamina.errors import InputError, PathError, SiteNotFoundError
+from lamina.spelling import read_path, store_directory, wildcards_explained
 from lamina.wording import bytes_text, counted, listed, shape_text
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def open(directory: str | os.PathLike[str], *, version: int | None = None) -> St
     >>> store["model.h[0].output[-1]"].numpy().tolist()
     [[0.0, 1.0], [4.0, 5.0]]
     """
-    return Store(_core.Store.open(os.fspath(directory), version))
+    return Store(_core.Store.open(store_directory(directory), version))
 
 
 class Store:
@@ -367,9 +368,10 @@ class Store:
             return [(exact, None)], False
         if self._index is None:
             self._index = _core.SiteIndex(list(self.sites), self._lengths)
-        path = _core.Path(target) if isinstance(target, str) else target
+        path = read_path(target)
         several = any(isinstance(step, slice | list) for step in path.steps)
-        return self._index.find(path.text), several or isinstance(path.call, slice)
+        with wildcards_explained(path):
+            return self._index.find(path.text), several or isinstance(path.call, slice)
 
     def _targets(self, targets: Targets) -> list[tuple[int, Position]]:
         several = [targets] if isinstance(targets, str | _core.Path) else targets

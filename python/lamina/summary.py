@@ -94,7 +94,8 @@ def _lines(info: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         "each",
         listed(
             (
-                f"{shape_text(shape)} {dtype}" + (f" ({count:,} sites)" if len(kinds) > 1 else "")
+                f"{shape_text(shape)} {dtype}"
+                + (f" ({counted(count, 'site')})" if len(kinds) > 1 else "")
                 for (dtype, shape), count in kinds.items()
             ),
             most=4,

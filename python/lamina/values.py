@@ -2,13 +2,13 @@
 
     store.values.transformer.h[2].output[-1]
 
-The leading `model` of a path is left out. Names complete in notebooks. Behind a port the brackets
-are elements of it where elements were recorded, and a position otherwise.
+The leading `model` of a path may be left out. Names complete in notebooks. Behind a port the
+brackets are elements of it where elements were recorded, and a position otherwise.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 from lamina.errors import SiteNotFoundError
 from lamina.wording import listed
@@ -56,6 +56,8 @@ class Values:
             raise AttributeError(name)  # what Python itself looks for is never a site
         if name in self._children:
             return _found(self._children[name])
+        if name == "model" and self._path in ("model", "model.model"):
+            return self  # the canonical path, of which the tree leaves the first `model` out
         if self._leaf is not None and not name.startswith("_"):
             return getattr(self._leaf(None), name)
         raise AttributeError(f"nothing is kept at {self._path}.{name}; {self._have()}")
@@ -67,11 +69,22 @@ class Values:
             return _found(self._children[key])
         if self._leaf is not None and not isinstance(key, str):
             return self._leaf(key)
+        if isinstance(key, slice | list):
+            raise IndexError(
+                f"{self._path}[…] stands for several modules: name one ({self._have()}), or use "
+                f"store['{self._path}[:]…'], which takes patterns"
+            )
         text = f"nothing is kept at {self._path}[{key!r}]; {self._have()}"
         raise (SiteNotFoundError if isinstance(key, str) else IndexError)(text)
 
     def __dir__(self) -> list[str]:
         return [step for step in self._children if isinstance(step, str) and step.isidentifier()]
+
+    def __call__(self) -> NoReturn:
+        """Refuse what would be a mapping's `values()`."""
+        raise TypeError(
+            "values is a tree of sites, not a method: values.….output; items() goes over the sites"
+        )
 
     def __iter__(self) -> Iterator[Any]:
         """Go over the children; where there are none, over the rows of what is kept."""

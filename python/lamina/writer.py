@@ -22,6 +22,7 @@ from lamina.errors import (
     StoreNotFoundError,
 )
 from lamina.prompts import UNKNOWN_TOKEN
+from lamina.spelling import read_path, store_directory
 from lamina.tensors import as_bytes, as_integers
 from lamina.wording import bytes_text, counted, listed
 
@@ -70,14 +71,15 @@ def create(
             them otherwise.
         texts: Whether each prompt's text will be given and kept.
         shard_bytes: How large a file grows at most.
-        commit_seconds: An `append` commits when so much time has passed since the last commit.
+        commit_seconds: An `append` commits at its end, if so many seconds have passed since the
+            last commit.
 
     Raises:
         StoreExistsError: There is a store already; `lamina.append` continues one.
         ForeignDirectoryError: The directory holds something else.
         StoreInUseError: Another writer holds it.
         PathError: A path cannot be read.
-        SiteError: A path stands for several sites, or comes twice.
+        SiteError: A path stands for several sites, has a position, or comes twice.
         DtypeError: No store can hold the dtype.
 
     >>> import lamina as lm, numpy as np, tempfile
@@ -93,7 +95,7 @@ def create(
     """
     from lamina.positions import parse_positions
 
-    directory = os.fspath(to)
+    directory = store_directory(to)
     declared = _declared(sites)
     fields = _json(identity, "identity")
     wanted = parse_positions(positions)
@@ -148,7 +150,7 @@ def append(
     """
     from lamina.positions import parse_positions
 
-    directory = os.fspath(to)
+    directory = store_directory(to)
     if _core.probe(directory) in ("missing", "empty"):
         raise StoreNotFoundError(f"{directory} holds no store; lamina.create(...) begins one")
     with _claimed(directory) as core:
@@ -420,11 +422,15 @@ def _declared(sites: Mapping[str, SiteFacts]) -> list[tuple[str, str, tuple[int,
         )
     declared: dict[_core.Path, tuple[str, str, tuple[int, ...]]] = {}
     for text, facts in sites.items():
-        path = _core.Path(text)
+        path = read_path(text)
         if not path.is_concrete:
             raise SiteError(f"{text} stands for several sites; a store needs each by itself")
         if path.position is not None:
             raise SiteError(f"{text} has a position; positions= says which tokens a store keeps")
+        if path.elements and isinstance(last := path.elements[-1], int) and last < 0:
+            raise SiteError(
+                f"{text}: an element has no negative number; for last tokens pass positions={last}"
+            )
         if path in declared:
             raise SiteError(f"{text} comes twice, as {path}")
         try:
@@ -443,6 +449,8 @@ def _declared(sites: Mapping[str, SiteFacts]) -> list[tuple[str, str, tuple[int,
 
 def _json(fields: Mapping[str, Any] | None, what: str) -> dict[str, Any]:
     """Return fields as they come back from a file."""
+    if fields is not None and not hasattr(fields, "items"):
+        raise InputError(f"{what}={fields!r}: {what} is a dict of names to values")
     try:
         plain = json.loads(json.dumps(dict(fields or {}), allow_nan=False))
     except (TypeError, ValueError) as error:
