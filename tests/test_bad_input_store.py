@@ -59,8 +59,8 @@ def test_a_directory_that_holds_something_else_is_left_alone(tmp_path, use):
 
 def test_a_file_in_place_of_the_directory_is_refused(tmp_path):
     (tmp_path / "acts").write_text("x")
-    for use in (lm.open, lambda at: lm.create(at, {SITE: (1, "f32")})):
-        with pytest.raises(lm.StoreError, match="acts"):
+    for use in (lm.open, lm.append, lambda at: lm.create(at, {SITE: (1, "f32")})):
+        with pytest.raises(lm.DiskError, match=r"acts is a file; a store is a directory"):
             use(tmp_path / "acts")
 
 

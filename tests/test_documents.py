@@ -1,6 +1,7 @@
 """README and guide: their examples run, and their figures say where they come from."""
 
 import builtins
+import linecache
 import re
 import shlex
 from pathlib import Path
@@ -32,7 +33,7 @@ def here(tmp_path, monkeypatch, smollm2):
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
-def test_python_examples_print_what_their_comments_say(document, here):
+def test_python_examples_print_what_their_comments_say(document, here, monkeypatch):
     code = "\n".join(blocks(document, "python"))
     expected = re.findall(r"^ *print\(.*\)  +# (.*)$", code, flags=re.MULTILINE)
     printed = []
@@ -41,6 +42,10 @@ def test_python_examples_print_what_their_comments_say(document, here):
         printed.append(" ".join(map(str, values)).strip())
 
     assert code
+    # nnsight reads the source of a `with` block, as of any module's.
+    monkeypatch.setitem(
+        linecache.cache, document, (len(code), None, code.splitlines(True), document)
+    )
     exec(compile(code, document, "exec"), {"__builtins__": vars(builtins) | {"print": record}})
     assert printed == [text.strip('" ') for text in expected]
 

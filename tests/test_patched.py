@@ -287,6 +287,15 @@ def test_nothing_to_patch_is_an_error() -> None:
         pass
 
 
+@pytest.mark.parametrize("saved", [None, torch.zeros(1, 32), {f"{H}[0].output[-1]": "x"}])
+def test_what_holds_no_tensors_is_refused_with_what_is_taken(saved: Any) -> None:
+    with (
+        pytest.raises(InputError, match=r"patched takes what store\.load\(\.\.\.\) returns, or a"),
+        patched(gpt2(), saved),
+    ):
+        pass
+
+
 def test_targets_that_meet_are_refused() -> None:
     model = gpt2()
     zero = torch.zeros(1, 32)
@@ -317,7 +326,7 @@ def test_rows_too_short_for_a_position_are_named() -> None:
     model = gpt2()
     with (
         patched(model, {f"{H}[1].output[10]": torch.zeros(1, 32)}),
-        pytest.raises(PositionError, match=r"rows 1 have no token 10; they have 5 tokens"),
+        pytest.raises(PositionError, match=r"row 1 has no token 10; it has 5 tokens"),
     ):
         logits(model, make_batch(prompts_of([12, 5])))
 

@@ -170,7 +170,7 @@ def test_columns_follow_from_the_mask_for_both_sides(padding: Any) -> None:
     first = 0 if padding == "right" else 7
     assert columns_of(mask, -1).tolist() == [11, first + 4]
     assert columns_of(mask, 2).tolist() == [2, first + 2]
-    with pytest.raises(PositionError, match=r"rows 1 have no token 10; they have 5 tokens"):
+    with pytest.raises(PositionError, match=r"row 1 has no token 10; it has 5 tokens"):
         columns_of(mask, 10)
 
 

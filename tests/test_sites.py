@@ -23,7 +23,7 @@ from tests.models import (
 )
 from torch import nn
 
-from lamina.errors import InputError, PositionError, SiteError, SiteNotFoundError
+from lamina.errors import InputError, PathError, PositionError, SiteError, SiteNotFoundError
 from lamina.sites import resolve
 
 
@@ -141,6 +141,15 @@ def test_the_first_bracket_after_a_tuple_is_the_element_the_rest_the_position() 
 def test_what_cannot_be_captured_says_why(path: str, message: str) -> None:
     with pytest.raises(SiteError, match=message):
         resolve(plain(), path)
+
+
+def test_what_was_meant_is_said_where_little_is_missing() -> None:
+    with pytest.raises(PathError, match=r"at byte 0: .*; did you mean `model\.mix\.output`\?"):
+        resolve(plain(), "mix.output")
+    with pytest.raises(PathError, match=r"found `2`$"):
+        resolve(plain(), "2].output")
+    with pytest.raises(SiteNotFoundError, match=r"write `\[:\]`: `model\.layers\[:\]\.output`"):
+        resolve(llama(), "model.layers.*.output")
 
 
 def test_odd_shapes_are_refused_with_both_printed(a_llama: Any) -> None:

@@ -82,6 +82,12 @@ def test_an_unknown_site_is_refused_with_the_nearest(store):
         store["model.layerz[1].output"]
     with pytest.raises(lm.PathError, match="byte"):
         store["model.layers[1.output"]
+    with pytest.raises(
+        lm.PathError, match=r"byte 0.*; did you mean `model\.layers\[1\]\.output`\?"
+    ):
+        store["layers[1].output"]
+    with pytest.raises(lm.SiteNotFoundError, match=r"write `\[:\]`: `model\.layers\[:\]\.output`"):
+        store["model.layers.*.output"]
 
 
 def test_patterns_give_columns_in_the_order_of_the_store(store):
@@ -286,6 +292,13 @@ def test_info_is_json_and_repr_says_what_is_inside(store):
     ):
         assert part in text
     assert all(part.strip() for part in text.splitlines())
+
+
+def test_one_site_of_a_kind_is_one_site(tmp_path):
+    sites = {"model.a.output": (1, "f32"), "model.b.output": (2, "f32")}
+    with lm.create(tmp_path / "acts", sites=sites):
+        pass
+    assert "[1] float32 (1 site) and [2] float32 (1 site)" in repr(lm.open(tmp_path / "acts"))
 
 
 def test_the_notebook_table_escapes_what_others_wrote(tmp_path):

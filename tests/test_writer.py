@@ -344,6 +344,8 @@ DECLARED = {
         lm.SiteError,
         "comes twice",
     ),
+    "last": ({"model.h[1].output[-1]": (1, "f32")}, lm.SiteError, r"tokens pass positions=-1"),
+    "no model": ({"h[1].output": (1, "f32")}, lm.PathError, r"mean `model\.h\[1\]\.output`"),
     "typo": ({"model.h[1": (1, "f32")}, lm.PathError, "at byte"),
     "dtype": ({SITE: (1, "float33")}, lm.DtypeError, "unknown dtype `float33`"),
     "no pair": ({SITE: 3}, lm.InputError, r"expected the shape of a row and its dtype"),
@@ -368,6 +370,7 @@ def test_sites_that_cannot_be_declared_are_refused_before_anything_is_made(
     [
         ({"identity": {"a": object()}}, "identity must be fields with JSON values"),
         ({"identity": {"a": float("nan")}}, "identity must be fields with JSON values"),
+        ({"identity": "run 1"}, "identity='run 1': identity is a dict of names to values"),
         ({"identity": {1: 2}}, "identity must have texts for names"),
         ({"recorded": {"a": {1, 2}}}, "recorded must be fields with JSON values"),
         ({"shard_bytes": 0}, "shard_bytes must be positive"),
