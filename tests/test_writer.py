@@ -232,6 +232,14 @@ def test_a_writer_that_has_ended_says_so(acts):
             use()
 
 
+def test_a_writer_that_replaced_pieces_knows_the_last_version(acts):
+    with begin(acts) as writer:
+        writer.append({SITE: ROWS}, tokens=range(6))
+        writer.commit()
+        writer.append({SITE: ROWS}, tokens=range(6))
+    assert writer.version == lm.open(acts).version
+
+
 def test_repr_says_where_and_how_much(acts):
     with begin(acts) as writer:
         writer.append({SITE: ROWS}, tokens=range(6))

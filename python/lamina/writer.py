@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from operator import index
 from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
@@ -16,6 +16,7 @@ from lamina.errors import (
     ClosedError,
     IdentityError,
     InputError,
+    LaminaError,
     SiteError,
     SiteNotFoundError,
     StoreExistsError,
@@ -308,15 +309,15 @@ class Writer:
     def close(self) -> None:
         """Commit, mark the store complete, and release it; nothing if the writer has ended."""
         if self._open:
-            core = self._core
-            # Finishing makes a version, unless the store is complete and nothing was added.
-            changed = not core.complete or core.windows != core.committed_windows
-            self._ended = (self.rows, self.prompts, self.version + changed)
+            rows, prompts, version = self._ended = (self.rows, self.prompts, self.version)
             self._open = False
             try:
                 self._core.finish()
             finally:
                 self._core.close()
+            with suppress(LaminaError):  # gone meanwhile: the version before is the last known
+                version = _core.Store.open(self.directory).version
+            self._ended = (rows, prompts, version)
 
     def abandon(self) -> None:
         """End without committing: what was appended since the last commit is gone."""
