@@ -84,7 +84,7 @@ class SavedActivation(Mapping[str, "torch.Tensor"]):
         }
 
     @property
-    def values(self) -> Values:  # type: ignore[override]
+    def values(self) -> Values:
         """The same by attribute and index: `saved.values.transformer.h[2].output[10]`."""
         from lamina.values import grow
 
