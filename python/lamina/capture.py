@@ -49,6 +49,7 @@ from lamina.request import (
     stored_dtypes,
 )
 from lamina.sites import resolve
+from lamina.spelling import store_directory
 from lamina.spool import Spool, Summary, digest_prompts, write_spool
 from lamina.tokens import tokenise
 from lamina.windows import check_positions
@@ -127,7 +128,8 @@ def capture(
         overflow: What happens when a cast makes finite values infinite: `"report"` or `"error"`.
         window_bytes: Rows that are done or not done together (256 MiB; one batch at least).
         shard_bytes: Rows of a full shard file (1 GiB).
-        commit_seconds: How long, at most, finished windows wait to be committed.
+        commit_seconds: Commits at the first window end after so many seconds since the last
+            commit.
 
     Returns:
         The complete store.
@@ -158,7 +160,7 @@ def capture(
     options = Options.settle(given)  # what cannot be is refused before anything is looked at
     if not commit_seconds >= 0:
         raise InputError(f"commit_seconds={commit_seconds!r}: expected a number of seconds")
-    directory = os.fspath(to)
+    directory = store_directory(to)
     found = Found.look(directory)
     shown = Progress(show=progress)
     module = forward.unwrap(model)

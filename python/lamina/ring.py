@@ -12,8 +12,10 @@ On the CPU a slot holds the tensor itself. Everything else is the same code.
 from __future__ import annotations
 
 import math
+import os
 import threading
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeAlias, TypeVar
 
@@ -275,6 +277,7 @@ class Ring(Generic[Payload]):
             return None if state.error or state.ended else queue.popleft()
 
     def _place_all(self) -> None:
+        _step_back()
         try:
             while (rows := self._next(self._state.to_place)) is not None:
                 self._place(rows)
@@ -315,6 +318,7 @@ class Ring(Generic[Payload]):
             self._overflowed(rows.arena, rows.site, goal)
 
     def _write_all(self) -> None:
+        _step_back()
         state = self._state
         try:
             while (item := self._next(state.to_write)) is not None:
@@ -362,3 +366,10 @@ def cast(values: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.
     lost = ~torch.isfinite(stored.float()) | (values.abs() > rounds_to_most)
     lost &= torch.isfinite(values)
     return stored, lost.reshape(len(lost), -1).sum(dim=1, dtype=torch.int32)
+
+
+def _step_back() -> None:
+    """Let the model's threads go first: all of them wait for one that loses its core to this."""
+    with suppress(OSError):
+        # On Linux a thread has a priority of its own.
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
