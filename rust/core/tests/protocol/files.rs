@@ -26,8 +26,8 @@ fn the_two_newest_versions_are_kept_and_foreign_names_stay() {
     }
     writer.finish().unwrap();
     let version = newest(path).version;
-    assert_eq!(version, 6);
-    let names = ["00000000000000000005.json", "00000000000000000006.json", "README"];
+    assert_eq!(version, 7);
+    let names = ["00000000000000000006.json", "00000000000000000007.json", "README"];
     assert_eq!(files(path, "manifests"), names);
     let mut expected: BTreeSet<String> = [version - 1, version]
         .iter()
