@@ -167,6 +167,7 @@ def test_smollm2_rows_equal_a_plain_forward_bit_for_bit(
         to=tmp_path / "acts",
         tokenizer=tokenizer,
         batch_size=8,
+        identity={"hooks": "a spy that changes nothing"},
         progress=False,
     )
     prompts = [store.prompts[number].ids.tolist() for number in range(len(TEXTS))]
@@ -245,6 +246,7 @@ def test_a_store_holds_what_plain_forwards_of_its_batches_give(
                 to=to,
                 padding=padding,
                 batch_size=batch_size,
+                identity={"hooks": "a spy that changes nothing"},
                 progress=False,
             )
             batches = spy.stop()
